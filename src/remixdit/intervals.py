@@ -1,0 +1,278 @@
+"""Which expert owns which timesteps, and the draw of experts and timesteps for a step.
+
+N contiguous intervals cover [0, T) without gap or overlap; expert n owns interval n, and 0 is the
+least noisy. Timesteps are integers in [0, T) (diffusion) or floats in [0, 1] (flow matching):
+
+    boundaries[n] <= timestep < boundaries[n + 1],      uniform: boundaries[n] = floor(n T / N)
+
+A step draws M distinct experts. Expert n is drawn with a probability in proportion to `masses[n]`,
+its interval's share of the timestep distribution, as far as distinctness allows; `Draw.weights`
+makes up for the rest, so that the expected gradient is that of independent timesteps.
+
+Shapes: B batch, N experts, M experts of a step, T = num_train_timesteps.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from remixdit.seeds import generator_for
+
+__all__ = ["Draw", "Intervals", "LogitNormal", "Uniform"]
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Timesteps uniform over the whole range."""
+
+    def cdf(self, position: float) -> float:
+        """Return the mass below `position` in [0, 1]."""
+        return position
+
+    def quantile(self, masses: Tensor) -> Tensor:
+        """Return the positions in [0, 1] with the given masses below them, float64."""
+        return masses
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """Timesteps t with logit(t) normal: the middle of the path more often (arXiv 2403.03206)."""
+
+    mean: float = 0.0
+    """Above 0: more noise."""
+    std: float = 1.0
+    """Spread, above 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse a spread that is no spread."""
+        if self.std <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
+
+    def cdf(self, position: float) -> float:
+        """Return the mass below `position` in [0, 1]."""
+        if not 0 < position < 1:
+            return float(position >= 1)
+        logit = math.log(position / (1 - position))
+        return 0.5 * (1 + math.erf((logit - self.mean) / (self.std * math.sqrt(2))))
+
+    def quantile(self, masses: Tensor) -> Tensor:
+        """Return the positions in [0, 1] with the given masses below them, float64."""
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(masses))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The experts of one step."""
+
+    experts: tuple[int, ...]
+    """(M,) distinct, in rising order."""
+    weights: tuple[float, ...]
+    """(M,) weight of each expert's mean loss; their expected sum is 1 (exactly 1 / M each when all
+    masses are equal)."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """N contiguous intervals of timesteps.
+
+    Args:
+        boundaries: (N + 1,) rising numbers: integers from 0 to T, or floats from 0 to 1.
+        distribution: How training timesteps are spread over the range.
+    """
+
+    boundaries: tuple[int, ...] | tuple[float, ...]
+    distribution: Uniform | LogitNormal = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        """Refuse boundaries that leave gaps or empty intervals."""
+        rising = all(a < b for a, b in itertools.pairwise(self.boundaries))
+        if len(self.boundaries) < 2 or self.boundaries[0] != 0 or not rising:
+            raise ValueError(f"boundaries must rise from 0, got {list(self.boundaries)}")
+        if self.is_continuous and self.boundaries[-1] != 1:
+            raise ValueError(f"continuous boundaries must end at 1, got {self.boundaries[-1]}")
+
+    @classmethod
+    def uniform(cls, num_experts: int, num_train_timesteps: int = 1000) -> "Intervals":
+        """Cut [0, T) at floor(n T / N).
+
+        Args:
+            num_experts: N, in 1..T; T need not be a multiple.
+            num_train_timesteps: T.
+        """
+        check_count(num_experts, num_train_timesteps)
+        cuts = (n * num_train_timesteps // num_experts for n in range(num_experts + 1))
+        return cls(tuple(cuts))
+
+    @classmethod
+    def continuous(
+        cls, num_experts: int, distribution: Uniform | LogitNormal | None = None
+    ) -> "Intervals":
+        """Cut [0, 1] into N parts of equal width; `distribution` says how often each is drawn."""
+        check_count(num_experts, None)
+        cuts = tuple(n / num_experts for n in range(num_experts + 1))
+        return cls(cuts, distribution or Uniform())
+
+    @classmethod
+    def by_log_snr(cls, num_experts: int, log_snr: Tensor) -> "Intervals":
+        """Cut [0, T) into parts of equal width in log-SNR, of at least one timestep each.
+
+        Args:
+            num_experts: N, in 1..T.
+            log_snr: (T,) falling, the logarithm of the signal-to-noise ratio at each timestep.
+        """
+        total = len(log_snr)
+        check_count(num_experts, total)
+        levels = torch.linspace(0, 1, num_experts + 1, dtype=torch.float64)[1:-1]
+        fall = (log_snr[0] - log_snr.double()) / (log_snr[0] - log_snr[-1])
+        cuts = [0, *torch.searchsorted(fall, levels).tolist(), total]
+        for n in range(1, num_experts):
+            # One timestep at least for this interval, and for each of those still to come.
+            cuts[n] = min(max(cuts[n], cuts[n - 1] + 1), total - (num_experts - n))
+        return cls(tuple(cuts))
+
+    @classmethod
+    def continuous_by_log_snr(
+        cls,
+        num_experts: int,
+        log_snr: Callable[[Tensor], Tensor],
+        distribution: Uniform | LogitNormal | None = None,
+    ) -> "Intervals":
+        """Cut [0, 1] into parts of equal width in log-SNR between t = 0.001 and t = 0.999.
+
+        Args:
+            num_experts: N, at least 1.
+            log_snr: Falling function of t, applied to float64 tensors.
+            distribution: How training timesteps are spread over [0, 1].
+        """
+        check_count(num_experts, None)
+        grid = torch.linspace(0.001, 0.999, 100_001, dtype=torch.float64)
+        curve = log_snr(grid)
+        levels = torch.linspace(0, 1, num_experts + 1, dtype=torch.float64)[1:-1]
+        fall = (curve[0] - curve) / (curve[0] - curve[-1])
+        inner = grid[torch.searchsorted(fall, levels)].tolist()
+        return cls((0.0, *inner, 1.0), distribution or Uniform())
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return len(self.boundaries) - 1
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether timesteps are floats in [0, 1]."""
+        return isinstance(self.boundaries[-1], float)
+
+    @property
+    def masses(self) -> tuple[float, ...]:
+        """(N,) share of the training timesteps that falls into each interval; the sum is 1."""
+        end = self.boundaries[-1]
+        below = [self.distribution.cdf(boundary / end) for boundary in self.boundaries]
+        return tuple(b - a for a, b in itertools.pairwise(below))
+
+    def expert_at(self, timesteps: Tensor) -> Tensor:
+        """Return the expert of each timestep.
+
+        Args:
+            timesteps: (B,) integers in [0, T), or floats in [0, 1]; t = 1 belongs to the last.
+
+        Returns:
+            (B,) integers in [0, N).
+        """
+        end = self.boundaries[-1]
+        outside = (timesteps < 0) | ((timesteps > 1) if self.is_continuous else (timesteps >= end))
+        if outside.any():
+            bound = "[0, 1]" if self.is_continuous else f"[0, {end})"
+            raise ValueError(f"timesteps must be in {bound}, got {timesteps[outside][0].item()}")
+        # Integer timesteps may come as floats: 124.5 belongs where 124 does. In float64, which
+        # holds boundaries and timesteps exactly.
+        inner = torch.tensor(self.boundaries[1:-1], dtype=torch.float64, device=timesteps.device)
+        return torch.searchsorted(inner, timesteps.double().contiguous(), right=True)
+
+    def draw_experts(self, count: int, seed: int, step: int) -> Draw:
+        """Draw the distinct experts of one step.
+
+        Args:
+            count: M, in 1..N.
+            seed: The run's seed.
+            step: The optimizer step; the same (seed, step) gives the same experts everywhere.
+        """
+        if not 1 <= count <= self.num_experts:
+            raise ValueError(f"experts_per_step must be in 1..{self.num_experts}, got {count}")
+        masses = self.masses
+        chances = inclusion_chances(masses, count)
+        generator = generator_for(seed, "experts", step)
+        experts = systematic_sample(chances, count, generator)
+        weights = tuple(masses[n] / chances[n] for n in experts)
+        return Draw(tuple(experts), weights)
+
+    def draw_timesteps(self, expert: int, count: int, generator: torch.Generator) -> Tensor:
+        """Draw training timesteps inside one interval.
+
+        Args:
+            expert: n, in [0, N).
+            count: B, how many.
+            generator: A CPU generator.
+
+        Returns:
+            (B,) int64 in [boundaries[n], boundaries[n + 1]), or float32 for continuous time.
+        """
+        uniform = torch.rand(count, dtype=torch.float64, generator=generator)
+        start, stop = self.boundaries[expert], self.boundaries[expert + 1]
+        if not self.is_continuous:
+            return start + (uniform * (stop - start)).long()
+        low, high = self.distribution.cdf(start), self.distribution.cdf(stop)
+        drawn = self.distribution.quantile(low + uniform * (high - low))
+        # Rounding to float32 must not carry a timestep over the boundary.
+        largest = torch.nextafter(torch.tensor(float(stop)), torch.tensor(0.0))
+        return drawn.float().clamp(torch.tensor(float(start)), largest)
+
+
+def check_count(num_experts: int, num_train_timesteps: int | None) -> None:
+    """Refuse a number of experts that cannot each own a timestep."""
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    if num_train_timesteps is not None and num_experts > num_train_timesteps:
+        raise ValueError(
+            f"num_experts must be at most num_train_timesteps {num_train_timesteps}, "
+            f"got {num_experts}"
+        )
+
+
+def inclusion_chances(masses: Sequence[float], count: int) -> list[float]:
+    """Return the probability that each expert is among `count` distinct ones.
+
+    In proportion to the masses, but at most 1: what a heavy interval would exceed is shared out
+    among the others. The sum is `count`.
+    """
+    certain: set[int] = set()
+    while True:
+        rest = [n for n in range(len(masses)) if n not in certain]
+        scale = (count - len(certain)) / sum(masses[n] for n in rest) if rest else 0.0
+        over = {n for n in rest if masses[n] * scale >= 1}
+        if not over:
+            return [1.0 if n in certain else mass * scale for n, mass in enumerate(masses)]
+        certain |= over
+
+
+def systematic_sample(
+    chances: Sequence[float], count: int, generator: torch.Generator
+) -> list[int]:
+    """Draw `count` distinct indices, index n with probability exactly `chances[n]`.
+
+    The chances are laid end to end in a random order and read at one random offset and every
+    whole number after it (Madow's systematic sampling).
+    """
+    order = torch.randperm(len(chances), generator=generator).tolist()
+    offset = float(torch.rand((), dtype=torch.float64, generator=generator))
+    chosen, upto = [], 0.0
+    for n in order:
+        before, upto = upto, upto + chances[n]
+        if math.floor(upto - offset) > math.floor(before - offset):
+            chosen.append(n)
+    # Rounding can leave the last of the sum just below its whole number.
+    missing = [n for n in reversed(order) if n not in chosen][: count - len(chosen)]
+    return sorted(chosen + missing)
