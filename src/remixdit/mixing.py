@@ -1,0 +1,388 @@
+"""Experts as linear mixtures of basis weights (arXiv 2412.05628).
+
+A plain network holds one set of parameters. A `Mixture` holds K of each, stacked, and a table
+of logits that mixes them into N experts:
+
+    weights[n] = sum_k coefficients[n, k] * bases[k],    coefficients = softmax(logits)
+
+The network itself is never changed: `activate(n)` writes the weights of expert n into its own
+parameters, in place, and back-propagation leaves there the plain gradient g. The gradient of
+basis k is coefficients[n, k] * g, so nobody forms it: the optimizer takes g and the coefficients.
+The gradient of coefficients[n, k] is <bases[k], g>.
+
+Shapes: K bases, N experts, M experts of a step, P numbers of a segment, L coefficient tables
+(1, or one a block and one for the rest), * = the shape of one parameter of the network.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from remixdit.segments import Segment
+
+__all__ = ["COEFFICIENT_KINDS", "MIXED", "Mixture", "prior_bases"]
+
+# What to mix, by name: patterns of parameter names.
+MIXED = {
+    # The linears of every block, as the published code does.
+    "attention+mlp": ("*blocks.*.attn*.*", "*blocks.*.mlp.*", "*blocks.*.ff.*"),
+    # Every parameter, as the published tables count.
+    "all": ("*",),
+}
+COEFFICIENT_KINDS = ("softmax", "raw", "one_hot")
+
+
+class Mixture:
+    """K bases and N experts of any network.
+
+    Frozen parameters and buffers are left alone: one copy serves all experts. Tied parameters
+    count once. A parameter that gets no gradient in a step counts as having a zero gradient.
+
+    Args:
+        network: Its parameters become the bases (K copies) and are from now on views of this
+            object's buffers; it stays usable as it is.
+        num_bases: K, in 1..N.
+        num_experts: N, at least 1.
+        mixed: A name of `MIXED`, or patterns of parameter names ("blocks.*.mlp.*").
+        coefficients: "softmax" (learned, positive, summing to 1), "raw" (learned, free) or
+            "one_hot" (frozen: expert n is basis floor(n K / N)).
+        per_block: One table for each block, and one for the rest, instead of one for all.
+        symmetry: Logit that expert n starts with for its own basis floor(n K / N), others 0.
+            Equal bases with equal coefficients would stay equal for ever.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_bases: int,
+        num_experts: int,
+        *,
+        mixed: str | Sequence[str] = "attention+mlp",
+        coefficients: str = "softmax",
+        per_block: bool = False,
+        symmetry: float = 1.0,
+    ) -> None:
+        check_counts(num_bases, num_experts)
+        if coefficients not in COEFFICIENT_KINDS:
+            raise ValueError(
+                f"coefficients must be one of {', '.join(COEFFICIENT_KINDS)}, got {coefficients!r}"
+            )
+        self.network = network
+        self.num_bases, self.num_experts = num_bases, num_experts
+        self.kind, self.per_block = coefficients, per_block
+        self.patterns = (MIXED.get(mixed) or (mixed,)) if isinstance(mixed, str) else tuple(mixed)
+        names = mixed_names(network, self.patterns)
+        num_tables = 1 + max((block_of(name) for name in names), default=-1) + 1 if per_block else 1
+        self.segments = list(self._segments(names, num_tables))
+        device = self.segments[0].bases.device
+        table = initial_table(num_bases, num_experts, coefficients, symmetry)
+        if per_block:
+            table = table.expand(num_tables, -1, -1).clone()
+        self.logits = nn.Parameter(table.to(device), requires_grad=coefficients != "one_hot")
+        self.experts_per_step = 1
+        self._active: tuple[object, ...] | None = None
+        self._collected: list[tuple[int, Tensor]] = []  # (expert, (L, K)) of this step
+        self._rows: list[Tensor] = []  # (L, K) coefficients of this step's experts
+        self._direct = True
+
+    def _segments(self, names: set[str], num_tables: int) -> Iterator[Segment]:
+        """Group the trainable parameters by table and by the dtypes that they can take."""
+        groups: dict[tuple[int | None, torch.dtype, bool], dict[str, nn.Parameter]] = {}
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            table: int | None = None
+            if name in names:
+                table = block_of(name) % num_tables if self.per_block else 0  # -1 is the last
+            group = (table, parameter.dtype, self._keeps_float32(name))
+            groups.setdefault(group, {})[name] = parameter
+        if not any(table is not None for table, _, _ in groups):
+            raise ValueError(f"mixed must match a trainable parameter, got {list(self.patterns)}")
+        fixed = self.num_bases == 1 and self.kind != "raw"
+        for (table, _, _), parameters in groups.items():
+            shared = table is None
+            yield Segment(parameters, table, 1 if shared else self.num_bases, shared or fixed)
+
+    def _keeps_float32(self, name: str) -> bool:
+        """Whether the network asks for float32 for this parameter, by `float32_modules`."""
+        kept = getattr(self.network, "float32_modules", ())
+        return any(part in kept for part in name.split("."))
+
+    def cast_network(self, dtype: torch.dtype) -> None:
+        """Let the network hold its weights in `dtype`, such as bfloat16.
+
+        What it lists in `float32_modules` stays as it is, and so do the bases: the cast happens
+        when an expert is written.
+        """
+        for segment in self.segments:
+            if not self._keeps_float32(segment.names[0]):
+                segment.cast(dtype)
+        self.weights_changed()
+
+    # --- the experts
+
+    @property
+    def num_tables(self) -> int:
+        """L."""
+        return self.logits.shape[0] if self.per_block else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where bases and logits are."""
+        return self.logits.device
+
+    def coefficients(self, expert: int | None = None) -> Tensor:
+        """Return the coefficients, differentiable with respect to the logits.
+
+        Args:
+            expert: In [0, N), or None for all.
+
+        Returns:
+            (L, K) of one expert, or (L, N, K) of all; L = 1 for a single table.
+        """
+        tables = self.logits if self.per_block else self.logits[None]  # (L, N, K)
+        if expert is not None:
+            tables = tables[:, expert]
+        return tables.softmax(-1) if self.kind == "softmax" else tables
+
+    @torch.no_grad()
+    def activate(self, expert: int) -> None:
+        """Write the weights of one expert into the network, in place.
+
+        Nothing happens when they are there already, so a trajectory of any number of steps
+        mixes at most N times.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
+        key = (expert, self.logits._version, *(s.bases._version for s in self.segments))
+        if key == self._active:
+            return
+        coefficients = self.coefficients(expert).detach()
+        for segment in self.segments:
+            segment.mix(coefficients[segment.table or 0])
+        self._active = key
+
+    def weights_changed(self) -> None:
+        """Say that bases or logits were written in a way that torch does not count."""
+        self._active = None
+
+    def prior_loss(self) -> Tensor:
+        """Return (N,) cross-entropies of the coefficients to each expert's own basis.
+
+        Expert n's own basis is floor(n K / N); with a table for each block, the mean over them.
+        """
+        own = prior_bases(self.num_bases, self.num_experts).to(self.device)
+        tables = self.logits if self.per_block else self.logits[None]
+        return -F.log_softmax(tables, -1)[:, torch.arange(self.num_experts), own].mean(0)
+
+    # --- the gradients of one step
+
+    def begin_step(self, experts_per_step: int = 1, rounds: int = 1) -> None:
+        """Make ready for the gradients of one optimizer step.
+
+        M plain gradients are kept for M <= K experts. For more, K gradients of the bases are
+        accumulated instead, and one plain gradient serves all experts in turn.
+
+        Args:
+            experts_per_step: M.
+            rounds: Backward passes that each expert gets; their sum is kept in float32.
+        """
+        for segment in self.segments:
+            rows, backwards = 1, rounds * experts_per_step
+            if segment.is_mixed:
+                rows, backwards = min(experts_per_step, segment.num_bases), rounds
+            master = segment.weights.dtype == segment.bases.dtype
+            folded = segment.is_mixed and experts_per_step > segment.num_bases
+            segment.prepare_grads(rows, direct=(master or backwards == 1) and not folded)
+            assert segment.grads is not None
+            segment.grads.zero_()
+        self.experts_per_step = experts_per_step
+        self._collected, self._rows = [], []
+
+    def begin_expert(self, expert: int) -> None:
+        """Activate the next expert of the step and let its gradients be written."""
+        self.activate(expert)
+        row = len(self._rows)
+        self._rows.append(self.coefficients(expert).detach())
+        self._collected.append((expert, torch.zeros_like(self._rows[-1])))
+        for segment in self.segments:
+            segment.point_grads(row if segment.is_mixed and segment.scratch is None else 0)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take in the gradient of one backward pass; call it after each."""
+        coefficients, (_, dots) = self._rows[-1], self._collected[-1]
+        for segment in self.segments:
+            if segment.scratch is None:
+                continue  # back-propagation wrote to where it stays
+            assert segment.grads is not None
+            grad = segment.scratch.to(segment.bases.dtype)
+            if not segment.is_mixed:
+                segment.grads[0] += grad
+            elif self.experts_per_step > segment.num_bases:
+                dots[segment.table or 0] += segment.bases @ grad
+                segment.grads.addr_(coefficients[segment.table or 0], grad)
+            else:
+                segment.grads[len(self._rows) - 1] += grad
+            segment.scratch.zero_()
+
+    def basis_weights(self, segment: Segment) -> Tensor:
+        """Return (R, K): the gradient of basis k is sum_r basis_weights[r, k] * grads[r]."""
+        if not segment.is_mixed or self.experts_per_step > segment.num_bases:
+            return torch.eye(segment.num_bases, device=self.device, dtype=segment.bases.dtype)
+        return torch.stack([row[segment.table or 0] for row in self._rows])
+
+    @torch.no_grad()
+    def coefficient_grads(self) -> list[tuple[int, Tensor]]:
+        """Return the (expert, (L, K) gradient of its coefficients) of this step's experts."""
+        totals = [(expert, dots.clone()) for expert, dots in self._collected]
+        for segment in self.segments:
+            if not segment.is_mixed or self.experts_per_step > segment.num_bases:
+                continue
+            assert segment.grads is not None
+            products = segment.grads.to(segment.bases.dtype) @ segment.bases.t()  # (M, K)
+            for (_, dots), product in zip(totals, products, strict=True):
+                dots[segment.table or 0] += product
+        return totals
+
+    @property
+    def drawn_experts(self) -> list[int]:
+        """The experts of this step, in the order in which they were begun."""
+        return [expert for expert, _ in self._collected]
+
+    # --- the weights as a whole
+
+    def bases(self) -> dict[str, Tensor]:
+        """Return the bases of every mixed parameter: views of shape (K, *)."""
+        return {
+            name: values
+            for segment in self.segments
+            if segment.is_mixed
+            for name, values in zip(segment.names, segment.views(segment.bases), strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all weights: `bases.<name>` (K, *), `shared.<name>` (*), `logits`.
+
+        Shared are the parameters that are not mixed, the frozen ones and the saved buffers.
+        """
+        bases = self.bases()
+        state = {f"bases.{name}": values for name, values in bases.items()}
+        for name, values in self.network.state_dict().items():
+            if name not in bases:
+                state[f"shared.{name}"] = values
+        for segment in self.segments:
+            if not segment.is_mixed:  # float32, where the network may hold bfloat16
+                for name, values in zip(
+                    segment.names, segment.views(segment.bases[0]), strict=True
+                ):
+                    state[f"shared.{name}"] = values
+        return {**state, "logits": self.logits.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy weights as given by `state_dict` in; refuses missing, extra or misshaped ones."""
+        own = self.state_dict()
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or extra:
+            raise ValueError(f"weights must match the model: missing {missing}, extra {extra}")
+        for name, values in own.items():
+            if values.shape != state[name].shape:
+                raise ValueError(
+                    f"{name} must have the shape {tuple(values.shape)}, "
+                    f"got {tuple(state[name].shape)}"
+                )
+            values.copy_(state[name])
+        self.weights_changed()
+        self.activate(0)
+
+    def perturb(self, scale: float, generator: torch.Generator) -> None:
+        """Add normal noise to the bases, `scale` times the root mean square of each parameter."""
+        for values in self.bases().values():
+            size = scale * values.square().mean().sqrt()
+            noise = torch.randn(values.shape, generator=generator, dtype=values.dtype)
+            values.add_(noise.to(values.device) * size)
+        self.weights_changed()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move bases and logits by `fn`, such as a change of device."""
+        for segment in self.segments:
+            segment.apply(fn)
+        self.logits.data = fn(self.logits.data)
+        self.logits.grad = None
+        self._active = None
+
+    @contextmanager
+    def swapped(self, bases: Iterable[Tensor], logits: Tensor) -> Iterator[None]:
+        """Use other bases, (K, P) for each segment, and logits, such as their averages."""
+        others = list(bases)
+        self._swap(others, logits)
+        try:
+            yield
+        finally:
+            self._swap(others, logits)
+
+    @torch.no_grad()
+    def _swap(self, others: list[Tensor], logits: Tensor) -> None:
+        for i, segment in enumerate(self.segments):
+            if segment.is_aliased:  # the network's storage must not move
+                kept = segment.bases.clone()
+                segment.bases.copy_(others[i])
+                others[i].copy_(kept)
+            else:
+                segment.bases, others[i] = others[i], segment.bases
+        kept = self.logits.detach().clone()
+        self.logits.copy_(logits)
+        logits.copy_(kept)
+        self.weights_changed()
+
+
+def check_counts(num_bases: int, num_experts: int) -> None:
+    """Refuse numbers of bases and experts that mean nothing."""
+    for name, value in (("num_bases", num_bases), ("num_experts", num_experts)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if num_bases > num_experts:
+        raise ValueError(
+            f"num_bases must be at most num_experts {num_experts}, got {num_bases}: "
+            "N experts are at most N different networks, so bases beyond N add only memory"
+        )
+
+
+def prior_bases(num_bases: int, num_experts: int) -> Tensor:
+    """Return (N,) each expert's own basis floor(n K / N)."""
+    return torch.arange(num_experts) * num_bases // num_experts
+
+
+def initial_table(num_bases: int, num_experts: int, kind: str, symmetry: float) -> Tensor:
+    """Return the (N, K) table to start from; raw coefficients start where softmax's would."""
+    one_hot = F.one_hot(prior_bases(num_bases, num_experts), num_bases).float()
+    if kind == "one_hot":
+        return one_hot
+    return (symmetry * one_hot).softmax(-1) if kind == "raw" else symmetry * one_hot
+
+
+def block_of(name: str) -> int:
+    """Return the index of the block that a parameter belongs to, -1 outside the blocks."""
+    found = re.search(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def mixed_names(network: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Return the names of the parameters to mix, one for each tied group."""
+    chosen: set[str] = set()
+    tied: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    for names in tied.values():
+        matches = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
+        if any(matches) and not all(matches):
+            raise ValueError(f"mixed must match all names of tied parameters or none, got {names}")
+        if matches[0]:
+            chosen.add(names[0])
+    return chosen
