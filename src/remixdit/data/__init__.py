@@ -1,0 +1,28 @@
+"""From images to shuffled batches of latents.
+
+source = open_source("photos")                          # a folder, parquet, npz, tar, a name
+for progress in encode(source, "shards", EncodeConfig(image_size=32)): ...
+loader = Loader(ShardDataset("shards"), batch_size=64)
+for batch in loader.batches(first_step=0): ...          # batch.latents (B, C, H, W)
+"""
+
+from remixdit.data.encoding import EncodeConfig, Progress, encode
+from remixdit.data.loader import Batch, Loader
+from remixdit.data.prepare import prepare
+from remixdit.data.shards import ShardDataset, is_shard_dir
+from remixdit.data.source import Source, UnreadableImageError
+from remixdit.data.sources import open_source
+
+__all__ = [
+    "Batch",
+    "EncodeConfig",
+    "Loader",
+    "Progress",
+    "ShardDataset",
+    "Source",
+    "UnreadableImageError",
+    "encode",
+    "is_shard_dir",
+    "open_source",
+    "prepare",
+]

@@ -1,0 +1,219 @@
+"""Images => shards of latents on disk.
+
+Shard s holds the images [s * shard_size, (s + 1) * shard_size) of the source, less those that
+cannot be read. Rank r of R writes the shards s with s mod R = r, each beside its place and then
+renamed, with a record of it in `parts/`. Whoever finds all records there merges them into
+`index.json` and removes them. So the work can be killed anywhere and run again, and ends with the
+same bytes, on any number of processes.
+
+Shapes: B = batch_size, C channels, S = image_size, h w the size of a latent.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from remixdit.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
+from remixdit.data.pictures import PictureBatch, Pictures
+from remixdit.data.source import Source
+from remixdit.data.writing import EncodedDir, ShardRecord, ShardWriter
+
+__all__ = ["EncodeConfig", "Progress", "encode"]
+
+SHARD_BYTES = 64 * 2**20
+MAX_SHARDS = 256  # each is a memory map, which holds a file descriptor
+MAX_SHARD_SIZE = 4096  # images: what a kill may lose
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How images become latents."""
+
+    image_size: int
+    """Side of the square pictures, in pixels."""
+    autoencoder: str = "none"
+    """An AutoencoderKL on the Hugging Face hub or in a local directory; none keeps pixels."""
+    channels: int | None = None
+    """3 for colour, 1 for grey; by default 1 if the images are grey, else 3."""
+    crop: str = "center"
+    """center, or random: a square of at least 0.8 of the shorter side, drawn from (seed, image)."""
+    mirror: bool = False
+    """Encode each image mirrored as well. Pixels need no mirrored copy."""
+    strict: bool = False
+    """Stop at the first image that cannot be read, instead of skipping and recording it."""
+    batch_size: int = 32
+    """Images encoded at once."""
+    shard_size: int | None = None
+    """Images a shard; by default such that a shard takes about 64 MiB."""
+    seed: int = 0
+    """Of the random crop."""
+    device: str = "cpu"
+    """Where the autoencoder runs; in bfloat16 on a GPU, in float32 on the CPU."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 8), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"crop must be center or random, got {self.crop!r}")
+        if self.mirror and self.autoencoder == "none":
+            raise ValueError("mirror is for latents: pixels are mirrored when they are read")
+
+
+class Progress(NamedTuple):
+    """How far one process has come with its share."""
+
+    images_done: int
+    num_images: int
+    images_skipped: int
+
+
+def encode(
+    source: Source,
+    output_dir: str | Path,
+    config: EncodeConfig,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> Iterator[Progress]:
+    """Encode this rank's share of a source; the rank that finishes last writes the index.
+
+    Yields:
+        Progress, after every batch. Shards that are already there count as done.
+
+    Raises:
+        ValueError: the directory holds another encoding, an image cannot be read (when strict),
+            the autoencoder does not fit, or the directory cannot be written.
+    """
+    autoencoder = load_autoencoder(config.autoencoder)
+    settings = _settings(source, config, autoencoder)
+    directory = EncodedDir(Path(output_dir), settings)
+    try:
+        if directory.start():
+            encoder = _Encoder(source, config, autoencoder, directory)
+            yield from encoder.run(rank, num_ranks)
+            directory.merge(len(encoder.shards))
+        else:
+            yield Progress(len(source), len(source), 0)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {error.filename or output_dir}: {error.strerror}; finished shards stay, "
+            "and the same command continues after them"
+        ) from error
+
+
+class _Encoder:
+    """Turns ranges of images into shards."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: EncodeConfig,
+        autoencoder: Autoencoder,
+        directory: EncodedDir,
+    ) -> None:
+        self.config, self.autoencoder, self.directory = config, autoencoder, directory
+        settings = directory.settings
+        if isinstance(autoencoder, LatentAutoencoder):
+            autoencoder.to(config.device, getattr(torch, settings["precision"]))
+        self.pictures = Pictures(
+            source=source,
+            image_size=config.image_size,
+            channels=settings["channels"],
+            refuse_colour=config.channels is None and settings["channels"] == 1,
+            random_crop=config.crop == "random",
+            seed=config.seed,
+            strict=config.strict,
+        )
+        size = settings["shard_size"]
+        self.shards = [
+            range(first, min(first + size, len(source))) for first in range(0, len(source), size)
+        ]
+
+    def run(self, rank: int, num_ranks: int) -> Iterator[Progress]:
+        """Encode those of this rank's shards that are not there yet."""
+        numbers = range(rank, len(self.shards), num_ranks)
+        total = sum(len(self.shards[number]) for number in numbers)
+        done = skipped = 0
+        for number in numbers:
+            record = self.directory.record(number)
+            if record is not None:
+                done += len(self.shards[number])
+                skipped += len(record.skipped)
+                yield Progress(done, total, skipped)
+                continue
+            for batch in self._write_shard(number):
+                done += len(batch.pixels) + len(batch.skipped)
+                skipped += len(batch.skipped)
+                yield Progress(done, total, skipped)
+
+    def _write_shard(self, number: int) -> Iterator[PictureBatch]:
+        images, size = self.shards[number], self.config.batch_size
+        ranges = [images[first : first + size] for first in range(0, len(images), size)]
+        record = ShardRecord()
+        with self.directory.writer(number) as writer:
+            for batch in self.pictures.batches(ranges, num_threads=os.cpu_count() or 1):
+                self._append(writer, batch)
+                record.add(batch)
+                yield batch
+            self.directory.finish(number, writer, record)
+
+    def _append(self, writer: ShardWriter, batch: PictureBatch) -> None:
+        if len(batch.pixels):
+            writer.append(self._encoded(batch.pixels))
+            if self.config.mirror:
+                writer.append_mirrored(self._encoded(batch.pixels[..., ::-1]))
+
+    def _encoded(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, C, S, S) uint8 => what is stored: the same, or moments (B, 2 C, h, w) float16."""
+        if not isinstance(self.autoencoder, LatentAutoencoder):
+            return pixels
+        scaled = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
+        return self.autoencoder.encode(scaled).half().cpu().numpy()
+
+
+def _settings(source: Source, config: EncodeConfig, autoencoder: Autoencoder) -> dict[str, object]:
+    """Return what is known before the first image is read: the first part of index.json."""
+    channels = config.channels or source.channels
+    latent_shape = autoencoder.latent_shape(config.image_size, channels)
+    has_moments = isinstance(autoencoder, LatentAutoencoder)
+    shape = (2 * latent_shape[0], *latent_shape[1:]) if has_moments else latent_shape
+    dtype = "float16" if has_moments else "uint8"
+    row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    settings: dict[str, object] = {
+        "format_version": 1,
+        "kind": "moments" if has_moments else "pixels",
+        "source": {
+            "name": source.name,
+            "num_images": len(source),
+            "fingerprint": source.fingerprint,
+        },
+        "autoencoder": dict(autoencoder.spec),
+        "image_size": config.image_size,
+        "channels": channels,
+        "crop": config.crop if config.crop == "center" else f"random, seed {config.seed}",
+        "mirrored": config.mirror,
+        "latent_shape": list(latent_shape),
+        "shape": list(shape),
+        "dtype": dtype,
+        "shard_size": config.shard_size or _shard_size(len(source), row_bytes),
+        "class_names": list(source.class_names),
+    }
+    if has_moments:  # these change the last bits of the moments
+        precision = "float32" if config.device == "cpu" else "bfloat16"
+        settings |= {"precision": precision, "batch_size": config.batch_size}
+    return settings
+
+
+def _shard_size(num_images: int, row_bytes: int) -> int:
+    """Return how many images a shard holds: about 64 MiB of them, in at most 256 shards."""
+    of_bytes = min(max(1, SHARD_BYTES // row_bytes), MAX_SHARD_SIZE)
+    return max(of_bytes, -(-num_images // MAX_SHARDS))

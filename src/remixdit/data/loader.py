@@ -1,0 +1,86 @@
+"""An endless stream of shuffled batches that can start anywhere.
+
+Image p of the stream belongs to epoch p // n and is image permutation(seed, epoch)(p % n). Step s
+takes images [s B, (s + 1) B), rank r of R the r-th of R equal slices of them: what is drawn does
+not depend on how many processes share it, and to resume is to ask for a later step.
+
+Shapes: B = batch_size over all ranks, R ranks, C H W a latent.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remixdit.data.permutation import permuted
+from remixdit.data.shards import ShardDataset
+
+__all__ = ["Batch", "Loader"]
+
+NUM_THREADS = 2  # assemble batches while the network runs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step."""
+
+    latents: Tensor
+    """(B / R, C, H, W) float32."""
+    class_labels: Tensor
+    """(B / R,) int64 in [0, num_classes]."""
+    positions: Tensor
+    """(B / R,) int64 in [0, B): the place of each image in the batch of all ranks."""
+
+
+class Loader:
+    """Batches of a data set, as a pure function of (seed, step)."""
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        mirror: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size % num_ranks:
+            raise ValueError(
+                f"batch_size must be a multiple of the {num_ranks} processes, got {batch_size}"
+            )
+        dataset.check_mirror(mirror)
+        self.dataset, self.batch_size, self.seed, self.mirror = dataset, batch_size, seed, mirror
+        share = batch_size // num_ranks
+        self.positions = np.arange(rank * share, (rank + 1) * share)
+
+    def batch(self, step: int) -> Batch:
+        """Return this rank's share of a step (0, 1, ...)."""
+        epochs, places = np.divmod(step * self.batch_size + self.positions, len(self.dataset))
+        indices = permuted(places, len(self.dataset), self.seed, epochs)
+        latents, labels = self.dataset.read(indices, epochs, self.seed, mirror=self.mirror)
+        return Batch(latents, labels, torch.from_numpy(self.positions.copy()))
+
+    def batches(self, first_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of `first_step`, `first_step + 1`, ..., made ahead in threads."""
+        pending: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="loader") as pool:
+            step = first_step
+            while True:
+                while len(pending) < NUM_THREADS + 1:
+                    pending.append(pool.submit(self._pinned_batch, step))
+                    step += 1
+                yield pending.popleft().result()
+
+    def _pinned_batch(self, step: int) -> Batch:
+        batch = self.batch(step)
+        if not torch.cuda.is_available():
+            return batch
+        # Pinned memory lets the copy to the GPU run beside its work.
+        return Batch(batch.latents.pin_memory(), batch.class_labels.pin_memory(), batch.positions)

@@ -1,0 +1,183 @@
+"""Shards of latents on disk, and reading any rows of them.
+
+A directory holds `index.json`, `class_labels.npy` and shards `latents-00000.npy`, ... of
+
+* pixels: (n, C, S, S) uint8, or
+* moments: (n, 2 C, h, w) float16, the mean and the log-variance of the autoencoder's posterior.
+  `mirrored-00000.npy`, if asked for, holds those of the mirrored images.
+
+`ShardDataset.read` turns rows into what a network sees. All that is random in it, the noise of the
+posterior and which images are mirrored, comes from (seed, epoch, index) alone.
+
+Shapes: B rows, C channels of a latent, H W its size.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remixdit.autoencoder import scale_and_shift
+from remixdit.data.permutation import hashed
+
+__all__ = ["INDEX_FILE", "LABELS_FILE", "ShardDataset", "is_shard_dir", "shard_file"]
+
+INDEX_FILE = "index.json"
+LABELS_FILE = "class_labels.npy"
+FORMAT_VERSION = 1
+MIRROR_STREAM, NOISE_STREAM = 1, 2  # keep the draws of one image apart
+
+
+class ShardDataset:
+    """A directory of shards, open for reading."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        content = _read_index(self.directory)
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.index: dict[str, Any] = _checked_index(self.directory, content)
+        self.autoencoder: dict[str, Any] = self.index["autoencoder"]
+        self.class_names: tuple[str, ...] = tuple(self.index["class_names"])
+        self.shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
+        self.first_rows = np.cumsum([0, *(shard["num_images"] for shard in self.index["shards"])])
+        self._scale, self._shift = scale_and_shift(self.autoencoder)
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, 0 when nothing is labelled."""
+        return len(self.class_names)
+
+    @cached_property
+    def class_labels(self) -> np.ndarray:
+        """(n,) int64 in [0, num_classes]; num_classes is the null label of unlabelled images."""
+        labels: np.ndarray = np.load(self.directory / LABELS_FILE, mmap_mode="r")
+        return labels
+
+    def read(
+        self, indices: np.ndarray, epochs: np.ndarray, seed: int, *, mirror: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Read images as a network sees them.
+
+        Args:
+            indices: (B,) integers in [0, len(self)).
+            epochs: (B,) how often each has been seen before; draws other noise.
+            seed: of the noise and the mirroring.
+            mirror: mirror a random half of the images, left to right.
+
+        Returns:
+            latents (B, C, H, W) float32: pixels in [-1, 1], or scaled latents drawn from the
+            posterior; class_labels (B,) int64.
+        """
+        indices = np.asarray(indices, np.int64)
+        self.check_mirror(mirror)
+        coins = hashed(seed, MIRROR_STREAM, epochs, indices) & 1
+        mirrored = coins.astype(bool) & mirror
+        labels = torch.from_numpy(np.array(self.class_labels[indices]))
+        if self.index["kind"] == "pixels":
+            return self._read_pixels(indices, mirrored), labels
+        seeds = hashed(seed, NOISE_STREAM, epochs, indices)
+        return self._read_latents(indices, mirrored, seeds), labels
+
+    def rows(self, indices: np.ndarray, *, mirrored: bool = False) -> np.ndarray:
+        """Return rows as they are stored: (B, C, S, S) uint8 or (B, 2 C, h, w) float16."""
+        shards = np.searchsorted(self.first_rows, indices, side="right") - 1
+        rows = np.empty((len(indices), *self.index["shape"]), self.index["dtype"])
+        for shard in np.unique(shards):
+            chosen = np.flatnonzero(shards == shard)
+            stored = self._shard(int(shard), mirrored)
+            rows[chosen] = stored[indices[chosen] - self.first_rows[shard]]
+        return rows
+
+    def _read_pixels(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
+        pixels = self.rows(indices)  # (B, C, S, S) uint8
+        pixels[mirrored] = pixels[mirrored, ..., ::-1]
+        return torch.from_numpy(pixels).float().div_(127.5).sub_(1)
+
+    def _read_latents(self, indices: np.ndarray, mirrored: np.ndarray, seeds: np.ndarray) -> Tensor:
+        latents = torch.empty(len(indices), *self.shape)
+        generator = torch.Generator()
+        for side in (False, True):
+            for i in np.flatnonzero(mirrored == side):
+                moments = torch.from_numpy(self.rows(indices[i : i + 1], mirrored=side))[0]
+                mean, logvar = moments.float().chunk(2)  # (C, h, w) each
+                # One generator an image: the noise must not depend on who else is in the batch.
+                noise = latents[i].normal_(generator=generator.manual_seed(int(seeds[i])))
+                noise.mul_(logvar.clamp_(-30, 20).mul_(0.5).exp_()).add_(mean)
+        return latents.sub_(self._shift).mul_(self._scale)
+
+    def check_mirror(self, mirror: bool) -> None:
+        """Refuse to mirror latents whose mirrored copy was not encoded."""
+        if mirror and self.index["kind"] == "moments" and not self.index["mirrored"]:
+            raise ValueError(
+                f"mirror needs latents of mirrored images, and {self.directory} was encoded "
+                "without: a mirrored latent is not the latent of a mirrored image"
+            )
+
+    def _shard(self, number: int, mirrored: bool) -> np.ndarray:
+        return self._open_shards[int(mirrored)][number]
+
+    @cached_property
+    def _open_shards(self) -> list["_Shards"]:
+        return [_Shards(self.directory, self.index, mirrored=side) for side in (False, True)]
+
+
+class _Shards(dict[int, np.ndarray]):
+    """Memory-mapped shards, each opened when it is first read."""
+
+    def __init__(self, directory: Path, index: Mapping[str, Any], *, mirrored: bool) -> None:
+        super().__init__()
+        self.directory, self.index, self.mirrored = directory, index, mirrored
+
+    def __missing__(self, number: int) -> np.ndarray:
+        path = self.directory / shard_file(number, mirrored=self.mirrored)
+        expected = (self.index["shards"][number]["num_images"], *self.index["shape"])
+        try:
+            stored = np.asarray(np.load(path, mmap_mode="r"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"shard {path} cannot be read: {error}") from error
+        if stored.shape != expected or stored.dtype != self.index["dtype"]:
+            raise ValueError(
+                f"shard {path} must be {expected} {self.index['dtype']}, "
+                f"got {stored.shape} {stored.dtype}"
+            )
+        self[number] = stored
+        return stored
+
+
+def shard_file(number: int, *, mirrored: bool = False) -> str:
+    """Return the name of a shard's file."""
+    return f"{'mirrored' if mirrored else 'latents'}-{number:05d}.npy"
+
+
+def is_shard_dir(path: Path) -> bool:
+    """Return whether a path is a finished directory of shards."""
+    return (path / INDEX_FILE).is_file()
+
+
+def _read_index(directory: Path) -> bytes:
+    try:
+        return (directory / INDEX_FILE).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{directory} holds no {INDEX_FILE}: it is no finished encoding") from None
+    except OSError as error:
+        raise ValueError(f"{directory / INDEX_FILE}: {error.strerror}") from error
+
+
+def _checked_index(directory: Path, content: bytes) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads(content)
+        version = index["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / INDEX_FILE} is no index of shards: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format_version of {directory} must be {FORMAT_VERSION}, got {version}")
+    return index

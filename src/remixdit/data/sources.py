@@ -1,0 +1,55 @@
+"""Opening a collection of images by path or name."""
+
+from pathlib import Path
+
+from remixdit.data.archives import mnist5k_source, npz_source, tar_source
+from remixdit.data.folders import folder_source
+from remixdit.data.source import Source
+from remixdit.data.tables import hub_source, parquet_source
+
+__all__ = ["open_source"]
+
+
+def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
+    """Open a collection of images.
+
+    Args:
+        path_or_name: a folder of class folders, a Parquet file or a folder of them, an npz, a
+            WebDataset tar or a folder of them, "mnist5k", or the name of a data set on the
+            Hugging Face hub.
+        split: which part of it, such as "train", where there are several.
+
+    Raises:
+        ValueError: there is no such thing, it holds no images, or its labels make no sense.
+    """
+    if str(path_or_name) == "mnist5k":
+        return mnist5k_source()
+    path = Path(path_or_name)
+    try:
+        if path.is_dir():
+            return _open_folder(path, split)
+        if path.exists():
+            return _open_file(path, split)
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error
+    if path.suffix or path.is_absolute() or str(path_or_name).count("/") > 1:
+        raise ValueError(f"{path_or_name}: no such file or folder")
+    return hub_source(str(path_or_name), split)
+
+
+def _open_folder(path: Path, split: str | None) -> Source:
+    # Shards lie at the top or one folder down (data/, train/); deeper is a folder of images.
+    for suffix, open_shards in ((".parquet", parquet_source), (".tar", tar_source)):
+        if any(path.glob(f"*{suffix}")) or any(path.glob(f"*/*{suffix}")):
+            return open_shards(path, split)
+    return folder_source(path, split)
+
+
+def _open_file(path: Path, split: str | None) -> Source:
+    if path.suffix == ".npz":
+        return npz_source(path)
+    if path.suffix == ".parquet":
+        return parquet_source(path, split)
+    if path.suffix == ".tar":
+        return tar_source(path, split)
+    raise ValueError(f"source must be a folder, .parquet, .npz or .tar, got {path}")

@@ -1,0 +1,242 @@
+"""Writing a directory of shards so that a crash leaves whole files only."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from remixdit.data.pictures import PictureBatch
+from remixdit.data.shards import INDEX_FILE, LABELS_FILE, shard_file
+
+__all__ = ["EncodedDir", "ShardRecord", "ShardWriter"]
+
+PARTS_DIR = "parts"
+SETTINGS_FILE = "settings.json"
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass
+class ShardRecord:
+    """What the index needs to know of one shard."""
+
+    num_images: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    """Name of each file => its sha256."""
+    class_labels: list[int] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, batch: PictureBatch) -> None:
+        """Count a batch that has been written."""
+        self.num_images += len(batch.pixels)
+        self.class_labels += batch.class_labels.tolist()
+        self.skipped += [asdict(skipped) for skipped in batch.skipped]
+
+
+class EncodedDir:
+    """A directory of shards in the making."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        self.directory, self.settings = directory, settings
+        self.parts = directory / PARTS_DIR
+
+    def start(self) -> bool:
+        """State in the directory what it will hold; return whether there is work left."""
+        stated = _first_json(self.directory / INDEX_FILE, self.parts / SETTINGS_FILE)
+        if stated is not None:
+            self._check_same(stated)
+        elif self.directory.is_dir() and any(self.directory.iterdir()):
+            raise ValueError(f"output {self.directory} exists and is no encoding")
+        if (self.directory / INDEX_FILE).exists():
+            self._tidy()
+            return False
+        self.parts.mkdir(parents=True, exist_ok=True)
+        _write_atomically(self.parts / SETTINGS_FILE, _json(self.settings))
+        return True
+
+    def record(self, number: int) -> ShardRecord | None:
+        """Return the record of a shard, if it is there."""
+        content = _first_json(self._record_path(number))
+        return None if content is None else ShardRecord(**content)
+
+    @contextmanager
+    def writer(self, number: int) -> Iterator["ShardWriter"]:
+        """Open a shard; its files are put in place by `finish`, and removed otherwise."""
+        paths = [self.directory / shard_file(number)]
+        if self.settings["mirrored"]:
+            paths.append(self.directory / shard_file(number, mirrored=True))
+        writer = ShardWriter(paths, self.settings["shape"], self.settings["dtype"])
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    def finish(self, number: int, writer: "ShardWriter", record: ShardRecord) -> None:
+        """Put a shard in its place, then its record: a record means that the shard is there."""
+        record.digests = writer.finish()
+        _write_atomically(self._record_path(number), _json(asdict(record)))
+
+    def merge(self, num_shards: int) -> None:
+        """Write the index if all shards are there, and remove what it replaces."""
+        records = [self.record(number) for number in range(num_shards)]
+        present = [record for record in records if record is not None]
+        if len(present) < num_shards:
+            return  # another process is still at work, or has merged already
+        index, class_labels = _merged(self.settings, present)
+        if index["num_images"] == 0:
+            first = index["skipped"][0]
+            raise ValueError(
+                f"no image of {self.settings['source']['name']} can be read, "
+                f"such as {first['image']}: {first['reason']}"
+            )
+        _write_atomically(self.directory / LABELS_FILE, _npy(class_labels))
+        _write_atomically(self.directory / INDEX_FILE, _json(index))
+        self._tidy()
+
+    def _check_same(self, stated: Mapping[str, Any]) -> None:
+        for name, value in self.settings.items():
+            if stated.get(name) != value:
+                raise ValueError(
+                    f"output {self.directory} holds another encoding: its {name} is "
+                    f"{_short(stated.get(name))}, not {_short(value)}"
+                )
+
+    def _record_path(self, number: int) -> Path:
+        return self.parts / Path(shard_file(number)).with_suffix(".json").name
+
+    def _tidy(self) -> None:
+        """Remove the records, and what a killed process left half-written."""
+        shutil.rmtree(self.parts, ignore_errors=True)  # another process may be at it too
+        for partial in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
+            partial.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Appends rows to .npy files that appear under their names only when they are whole."""
+
+    def __init__(self, paths: list[Path], row_shape: list[int], dtype: str) -> None:
+        self.paths, self.row_shape, self.dtype = paths, row_shape, np.dtype(dtype)
+        self.num_rows = [0 for _ in paths]
+        self._stack = ExitStack()
+        self._files = []
+        for path in paths:
+            self._stack.callback(_partial(path).unlink, missing_ok=True)
+            self._files.append(self._stack.enter_context(_partial(path).open("wb")))
+            self._write_header(len(self._files) - 1)
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows (B, *row_shape)."""
+        self._append(0, rows)
+
+    def append_mirrored(self, rows: np.ndarray) -> None:
+        """Add the rows of the mirrored images."""
+        self._append(1, rows)
+
+    def finish(self) -> dict[str, str]:
+        """Put the files in their places; return their names and sha256."""
+        digests = {}
+        for number, (path, file) in enumerate(zip(self.paths, self._files, strict=True)):
+            file.seek(0)
+            self._write_header(number)  # numpy leaves room in it for any number of rows
+            _sync(file)
+            digests[path.name] = file_digest(_partial(path))
+            _partial(path).replace(path)
+        return digests
+
+    def close(self) -> None:
+        """Remove what was not finished."""
+        self._stack.close()
+
+    def _append(self, number: int, rows: np.ndarray) -> None:
+        self._files[number].write(np.ascontiguousarray(rows, self.dtype).tobytes())
+        self.num_rows[number] += len(rows)
+
+    def _write_header(self, number: int) -> None:
+        np.lib.format.write_array_header_1_0(
+            self._files[number],
+            {
+                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "fortran_order": False,
+                "shape": (self.num_rows[number], *self.row_shape),
+            },
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _merged(
+    settings: Mapping[str, Any], records: list[ShardRecord]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the index, and the labels (n,) int64 with the null label where there is none."""
+    num_classes = len(settings["class_names"])
+    labels = np.array([label for record in records for label in record.class_labels], np.int64)
+    labels[labels < 0] = num_classes
+    index = {
+        **settings,
+        "num_images": len(labels),
+        "num_classes": num_classes,
+        "class_counts": np.bincount(labels, minlength=num_classes + 1)[:num_classes].tolist(),
+        "class_labels_digest": hashlib.sha256(_npy(labels)).hexdigest(),
+        "shards": [{"num_images": r.num_images, "digests": r.digests} for r in records],
+        "skipped": [skipped for record in records for skipped in record.skipped],
+    }
+    return index, labels
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            _sync(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _first_json(*paths: Path) -> dict[str, Any] | None:
+    """Return the content of the first file that exists."""
+    for path in paths:
+        try:
+            content: dict[str, Any] = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        return content
+    return None
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:97]}..."
