@@ -76,7 +76,8 @@ class Mixture:
         self.num_bases, self.num_experts = num_bases, num_experts
         self.kind, self.per_block = coefficients, per_block
         self.patterns = (MIXED.get(mixed) or (mixed,)) if isinstance(mixed, str) else tuple(mixed)
-        names = mixed_names(network, self.patterns)
+        self.tied = tied_names(network)
+        names = mixed_names(network, self.patterns, self.tied)
         num_tables = 1 + max((block_of(name) for name in names), default=-1) + 1 if per_block else 1
         self.segments = list(self._segments(names, num_tables))
         device = self.segments[0].bases.device
@@ -266,6 +267,18 @@ class Mixture:
             for name, values in zip(segment.names, segment.views(segment.bases), strict=True)
         }
 
+    @torch.no_grad()
+    def expert_state(self, expert: int) -> dict[str, Tensor]:
+        """Return the state dict of the plain network of one expert, mixed in float32."""
+        coefficients = self.coefficients(expert)
+        state = {name: values.clone() for name, values in self.network.state_dict().items()}
+        for segment in self.segments:
+            flat = segment.bases[0]
+            if not segment.constant:
+                flat = segment.bases.t() @ coefficients[segment.table or 0]
+            state.update(zip(segment.names, segment.views(flat), strict=True))
+        return state | {name: state[first] for name, first in self.tied.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights: `bases.<name>` (K, *), `shared.<name>` (*), `logits`.
 
@@ -274,7 +287,7 @@ class Mixture:
         bases = self.bases()
         state = {f"bases.{name}": values for name, values in bases.items()}
         for name, values in self.network.state_dict().items():
-            if name not in bases:
+            if name not in bases and name not in self.tied:
                 state[f"shared.{name}"] = values
         for segment in self.segments:
             if not segment.is_mixed:  # float32, where the network may hold bfloat16
@@ -373,16 +386,25 @@ def block_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def mixed_names(network: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Return the names of the parameters to mix, one for each tied group."""
-    chosen: set[str] = set()
-    tied: dict[int, list[str]] = {}
+def tied_names(network: nn.Module) -> dict[str, str]:
+    """Return, for every further name of a tied parameter, its first name."""
+    first: dict[nn.Parameter, str] = {}
+    tied: dict[str, str] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    for names in tied.values():
-        matches = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
-        if any(matches) and not all(matches):
-            raise ValueError(f"mixed must match all names of tied parameters or none, got {names}")
-        if matches[0]:
-            chosen.add(names[0])
-    return chosen
+        if first.setdefault(parameter, name) != name:
+            tied[name] = first[parameter]
+    return tied
+
+
+def mixed_names(network: nn.Module, patterns: Sequence[str], tied: dict[str, str]) -> set[str]:
+    """Return the (first) names of the parameters to mix."""
+
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    for name, first in tied.items():
+        if matches(name) != matches(first):
+            raise ValueError(
+                f"mixed must match all names of a tied parameter or none, got {first} and {name}"
+            )
+    return {name for name, _ in network.named_parameters() if matches(name)}
