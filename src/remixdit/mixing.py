@@ -86,7 +86,10 @@ class Mixture:
             table = table.expand(num_tables, -1, -1).clone()
         self.logits = nn.Parameter(table.to(device), requires_grad=coefficients != "one_hot")
         self.experts_per_step = 1
-        self._active: tuple[object, ...] | None = None
+        self._changes = 0
+        self._active: tuple[int, ...] | None = None  # what the network holds now
+        self._precomputed: dict[int, Tensor] = {}  # segment: (N, P)
+        self._precomputed_key: tuple[int, ...] | None = None
         self._collected: list[tuple[int, Tensor]] = []  # (expert, (L, K)) of this step
         self._rows: list[Tensor] = []  # (L, K) coefficients of this step's experts
         self._direct = True
@@ -160,17 +163,43 @@ class Mixture:
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
-        key = (expert, self.logits._version, *(s.bases._version for s in self.segments))
+        key = self._key(expert)
         if key == self._active:
             return
         coefficients = self.coefficients(expert).detach()
-        for segment in self.segments:
-            segment.mix(coefficients[segment.table or 0])
+        ready = self._precomputed if self._precomputed_key == key[1:] else {}
+        for i, segment in enumerate(self.segments):
+            if i in ready:
+                segment.weights.copy_(ready[i][expert])
+            else:
+                segment.mix(coefficients[segment.table or 0])
         self._active = key
+
+    @torch.no_grad()
+    def precompute(self) -> None:
+        """Mix all N experts once and keep them, until bases or logits change.
+
+        Costs the memory of N networks; to activate an expert is then a copy.
+        """
+        key = self._key(0)[1:]
+        if self._precomputed_key == key:
+            return
+        mixed = {i: segment for i, segment in enumerate(self.segments) if not segment.constant}
+        ready = {i: s.weights.new_empty(self.num_experts, len(s.weights)) for i, s in mixed.items()}
+        for expert in range(self.num_experts):
+            self.activate(expert)
+            for i, segment in mixed.items():
+                ready[i][expert] = segment.weights
+        self._precomputed, self._precomputed_key = ready, key
+
+    def _key(self, expert: int) -> tuple[int, ...]:
+        """Return what the weights of an expert depend on: every write in place counts up."""
+        bases = (segment.bases for segment in self.segments)
+        return expert, self._changes, self.logits._version, *(b._version for b in bases)
 
     def weights_changed(self) -> None:
         """Say that bases or logits were written in a way that torch does not count."""
-        self._active = None
+        self._changes += 1
 
     def prior_loss(self) -> Tensor:
         """Return (N,) cross-entropies of the coefficients to each expert's own basis.
@@ -328,7 +357,7 @@ class Mixture:
             segment.apply(fn)
         self.logits.data = fn(self.logits.data)
         self.logits.grad = None
-        self._active = None
+        self.weights_changed()
 
     @contextmanager
     def swapped(self, bases: Iterable[Tensor], logits: Tensor) -> Iterator[None]:
