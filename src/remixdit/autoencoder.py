@@ -148,7 +148,7 @@ def scale_and_shift(spec: Spec) -> tuple[Tensor, Tensor]:
 
 
 def _from_pretrained(name: str) -> LatentAutoencoder:
-    from diffusers import AutoencoderKL  # noqa: PLC0415 - it takes seconds
+    from diffusers import AutoencoderKL
 
     is_local = Path(name).is_dir()
     subfolder = "vae" if is_local and (Path(name) / "vae").is_dir() else None

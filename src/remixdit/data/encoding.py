@@ -177,7 +177,9 @@ class _Encoder:
         if not isinstance(self.autoencoder, LatentAutoencoder):
             return pixels
         scaled = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
-        return self.autoencoder.encode(scaled).half().cpu().numpy()
+        mean, logvar = self.autoencoder.encode(scaled).chunk(2, 1)
+        moments = torch.cat([mean, logvar.clamp(-30, 20)], 1)  # the bounds diffusers samples in
+        return moments.half().cpu().numpy()
 
 
 def _settings(source: Source, config: EncodeConfig, autoencoder: Autoencoder) -> dict[str, object]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from remixdit.autoencoder import scale_and_shift
 from remixdit.data.permutation import hashed
+from remixdit.data.rowfile import RowFile
 
 __all__ = ["INDEX_FILE", "LABELS_FILE", "ShardDataset", "is_shard_dir", "shard_file"]
 
@@ -87,14 +88,32 @@ class ShardDataset:
         seeds = hashed(seed, NOISE_STREAM, epochs, indices)
         return self._read_latents(indices, mirrored, seeds), labels
 
-    def rows(self, indices: np.ndarray, *, mirrored: bool = False) -> np.ndarray:
-        """Return rows as they are stored: (B, C, S, S) uint8 or (B, 2 C, h, w) float16."""
+    def rows(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
+        """Return rows as they are stored: (B, C, S, S) uint8 or (B, 2 C, h, w) float16.
+
+        Args:
+            indices: (B,) integers in [0, len(self)).
+            mirrored: (B,) booleans: take the copy of the mirrored image.
+        """
+        if mirrored is None:
+            mirrored = np.zeros(len(indices), bool)
         shards = np.searchsorted(self.first_rows, indices, side="right") - 1
+        wanted = [
+            (self._shards[side][shard], row)
+            for side, shard, row in zip(
+                mirrored.tolist(),
+                shards.tolist(),
+                (indices - self.first_rows[shards]).tolist(),
+                strict=True,
+            )
+        ]
+        for shard, row in wanted:
+            shard.expect(row)
         rows = np.empty((len(indices), *self.index["shape"]), self.index["dtype"])
-        for shard in np.unique(shards):
-            chosen = np.flatnonzero(shards == shard)
-            stored = self._shard(int(shard), mirrored)
-            rows[chosen] = stored[indices[chosen] - self.first_rows[shard]]
+        buffer = rows.data.cast("B")
+        row_bytes = len(buffer) // len(rows)
+        for i, (shard, row) in enumerate(wanted):
+            shard.read_into(row, buffer[i * row_bytes : (i + 1) * row_bytes])
         return rows
 
     def _read_pixels(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
@@ -103,16 +122,18 @@ class ShardDataset:
         return torch.from_numpy(pixels).float().div_(127.5).sub_(1)
 
     def _read_latents(self, indices: np.ndarray, mirrored: np.ndarray, seeds: np.ndarray) -> Tensor:
+        moments = torch.from_numpy(self.rows(indices, mirrored))  # (B, 2 C, h, w)
         latents = torch.empty(len(indices), *self.shape)
         generator = torch.Generator()
-        for side in (False, True):
-            for i in np.flatnonzero(mirrored == side):
-                moments = torch.from_numpy(self.rows(indices[i : i + 1], mirrored=side))[0]
-                mean, logvar = moments.float().chunk(2)  # (C, h, w) each
-                # One generator an image: the noise must not depend on who else is in the batch.
-                noise = latents[i].normal_(generator=generator.manual_seed(int(seeds[i])))
-                noise.mul_(logvar.clamp_(-30, 20).mul_(0.5).exp_()).add_(mean)
-        return latents.sub_(self._shift).mul_(self._scale)
+        # An image's noise must not depend on the rest of the batch, so each has its own stream.
+        for seed, noise in zip(seeds.tolist(), latents.unbind(), strict=True):
+            noise.normal_(generator=generator.manual_seed(seed))
+        # A few images at a time stay in the cache, and too small for torch to call more threads.
+        for stored, noise in zip(torch.split(moments, 8), torch.split(latents, 8), strict=True):
+            mean, logvar = stored.float().chunk(2, 1)  # (8, C, h, w) each
+            torch.addcmul(mean, noise, logvar.mul_(0.5).exp_(), out=noise)
+            noise.sub_(self._shift).mul_(self._scale)
+        return latents
 
     def check_mirror(self, mirror: bool) -> None:
         """Refuse to mirror latents whose mirrored copy was not encoded."""
@@ -122,35 +143,23 @@ class ShardDataset:
                 "without: a mirrored latent is not the latent of a mirrored image"
             )
 
-    def _shard(self, number: int, mirrored: bool) -> np.ndarray:
-        return self._open_shards[int(mirrored)][number]
-
     @cached_property
-    def _open_shards(self) -> list["_Shards"]:
+    def _shards(self) -> list["_Shards"]:
         return [_Shards(self.directory, self.index, mirrored=side) for side in (False, True)]
 
 
-class _Shards(dict[int, np.ndarray]):
-    """Memory-mapped shards, each opened when it is first read."""
+class _Shards(dict[int, RowFile]):
+    """Shards by number, each opened when it is first read."""
 
     def __init__(self, directory: Path, index: Mapping[str, Any], *, mirrored: bool) -> None:
         super().__init__()
         self.directory, self.index, self.mirrored = directory, index, mirrored
 
-    def __missing__(self, number: int) -> np.ndarray:
+    def __missing__(self, number: int) -> RowFile:
         path = self.directory / shard_file(number, mirrored=self.mirrored)
-        expected = (self.index["shards"][number]["num_images"], *self.index["shape"])
-        try:
-            stored = np.asarray(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"shard {path} cannot be read: {error}") from error
-        if stored.shape != expected or stored.dtype != self.index["dtype"]:
-            raise ValueError(
-                f"shard {path} must be {expected} {self.index['dtype']}, "
-                f"got {stored.shape} {stored.dtype}"
-            )
-        self[number] = stored
-        return stored
+        shape = (self.index["shards"][number]["num_images"], *self.index["shape"])
+        self[number] = RowFile(path, shape, self.index["dtype"])
+        return self[number]
 
 
 def shard_file(number: int, *, mirrored: bool = False) -> str:

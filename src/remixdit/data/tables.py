@@ -50,7 +50,7 @@ class ParquetReader:
             return self._latest[group]
 
     def _read_group(self, file: int, group: int) -> Any:
-        import pyarrow.parquet as pq  # noqa: PLC0415
+        import pyarrow.parquet as pq
 
         with pq.ParquetFile(self.paths[file]) as parquet:
             return parquet.read_row_group(group, columns=[self.column])[self.column]
@@ -58,8 +58,8 @@ class ParquetReader:
 
 def parquet_source(path: Path, split: str | None) -> Source:
     """Open a Parquet file, or a folder of them."""
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     root, paths = _parquet_files(path, split)
     try:
@@ -92,7 +92,7 @@ def parquet_source(path: Path, split: str | None) -> Source:
 def hub_source(name: str, split: str | None) -> Source:
     """Open a data set of the Hugging Face hub (or a folder) through the `datasets` package."""
     try:
-        import datasets  # noqa: PLC0415
+        import datasets
     except ImportError:
         raise ValueError(
             f"{name} is no file or folder; a name on the hub needs `pip install remixdit[data]`"
@@ -122,7 +122,7 @@ class DatasetReader:
 
 
 def _dataset_source(name: str, split: str, table: Any) -> Source:
-    import datasets  # noqa: PLC0415
+    import datasets
 
     columns = _columns(Path(name), table.features.arrow_schema)
     class_feature = table.features[columns[1]] if columns[1] else None
@@ -192,8 +192,8 @@ def _labels(
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     if column is None:
         return None, ()
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     read = [pq.read_table(file, columns=[column])[column] for file in paths]
     values = pa.chunked_array([chunk for array in read for chunk in array.chunks])
