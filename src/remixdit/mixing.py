@@ -14,26 +14,18 @@ Shapes: K bases, N experts, M experts of a step, P numbers of a segment, L coeff
 (1, or one a block and one for the rest), * = the shape of one parameter of the network.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from remixdit.segments import Segment
+from remixdit.selection import MIXED, block_of, mixed_names, tied_names
 
-__all__ = ["COEFFICIENT_KINDS", "MIXED", "Mixture", "prior_bases"]
+__all__ = ["COEFFICIENT_KINDS", "Mixture", "prior_bases"]
 
-# What to mix, by name: patterns of parameter names.
-MIXED = {
-    # The linears of every block, as the published code does.
-    "attention+mlp": ("*blocks.*.attn*.*", "*blocks.*.mlp.*", "*blocks.*.ff.*"),
-    # Every parameter, as the published tables count.
-    "all": ("*",),
-}
 COEFFICIENT_KINDS = ("softmax", "raw", "one_hot")
 
 
@@ -48,7 +40,8 @@ class Mixture:
             object's buffers; it stays usable as it is.
         num_bases: K, in 1..N.
         num_experts: N, at least 1.
-        mixed: A name of `MIXED`, or patterns of parameter names ("blocks.*.mlp.*").
+        mixed: A name of `selection.MIXED`, or patterns of parameter names ("blocks.*.mlp.*"), which
+            one string may hold with commas between.
         coefficients: "softmax" (learned, positive, summing to 1), "raw" (learned, free) or
             "one_hot" (frozen: expert n is basis floor(n K / N)).
         per_block: One table for each block, and one for the rest, instead of one for all.
@@ -75,7 +68,9 @@ class Mixture:
         self.network = network
         self.num_bases, self.num_experts = num_bases, num_experts
         self.kind, self.per_block = coefficients, per_block
-        self.patterns = (MIXED.get(mixed) or (mixed,)) if isinstance(mixed, str) else tuple(mixed)
+        self.patterns = (
+            tuple(MIXED.get(mixed) or mixed.split(",")) if isinstance(mixed, str) else tuple(mixed)
+        )
         self.tied = tied_names(network)
         names = mixed_names(network, self.patterns, self.tied)
         num_tables = 1 + max((block_of(name) for name in names), default=-1) + 1 if per_block else 1
@@ -92,7 +87,6 @@ class Mixture:
         self._precomputed_key: tuple[int, ...] | None = None
         self._collected: list[tuple[int, Tensor]] = []  # (expert, (L, K)) of this step
         self._rows: list[Tensor] = []  # (L, K) coefficients of this step's experts
-        self._direct = True
 
     def _segments(self, names: set[str], num_tables: int) -> Iterator[Segment]:
         """Group the trainable parameters by table and by the dtypes that they can take."""
@@ -261,6 +255,14 @@ class Mixture:
                 segment.grads[len(self._rows) - 1] += grad
             segment.scratch.zero_()
 
+    def folded_dots(self) -> list[Tensor]:
+        """Return the (L, K) gradients of coefficients that were taken in while folding.
+
+        With several processes they are summed like the gradients themselves; otherwise empty.
+        """
+        folded = any(s.is_mixed and self.experts_per_step > s.num_bases for s in self.segments)
+        return [dots for _, dots in self._collected] if folded else []
+
     def basis_weights(self, segment: Segment) -> Tensor:
         """Return (R, K): the gradient of basis k is sum_r basis_weights[r, k] * grads[r]."""
         if not segment.is_mixed or self.experts_per_step > segment.num_bases:
@@ -407,33 +409,3 @@ def initial_table(num_bases: int, num_experts: int, kind: str, symmetry: float) 
     if kind == "one_hot":
         return one_hot
     return (symmetry * one_hot).softmax(-1) if kind == "raw" else symmetry * one_hot
-
-
-def block_of(name: str) -> int:
-    """Return the index of the block that a parameter belongs to, -1 outside the blocks."""
-    found = re.search(r"blocks\.(\d+)\.", name)
-    return int(found[1]) if found else -1
-
-
-def tied_names(network: nn.Module) -> dict[str, str]:
-    """Return, for every further name of a tied parameter, its first name."""
-    first: dict[nn.Parameter, str] = {}
-    tied: dict[str, str] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        if first.setdefault(parameter, name) != name:
-            tied[name] = first[parameter]
-    return tied
-
-
-def mixed_names(network: nn.Module, patterns: Sequence[str], tied: dict[str, str]) -> set[str]:
-    """Return the (first) names of the parameters to mix."""
-
-    def matches(name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    for name, first in tied.items():
-        if matches(name) != matches(first):
-            raise ValueError(
-                f"mixed must match all names of a tied parameter or none, got {first} and {name}"
-            )
-    return {name for name, _ in network.named_parameters() if matches(name)}

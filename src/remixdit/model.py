@@ -40,7 +40,7 @@ class RemixConfig:
     num_experts: int = 20
     """N, at least 1."""
     mixed: str | tuple[str, ...] = "attention+mlp"
-    """What is mixed: attention+mlp, all, or patterns of parameter names."""
+    """What is mixed: attention+mlp, all, or patterns of parameter names with commas between."""
     coefficients: str = "softmax"
     """softmax, raw or one_hot."""
     per_block: bool = False

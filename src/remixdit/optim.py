@@ -14,7 +14,7 @@ Shapes: K bases, P numbers of a segment, R gradients, L tables, N experts.
 """  # noqa: E501
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -194,20 +194,22 @@ class MixtureAdamW:
         return self.mixture.swapped(self.ema_bases, self.ema_logits)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return moments and averages, as flat tensors; the counts are in `basis_steps`."""
-        return dict(self._named_state())
+        """Return both moments of every parameter, by kind and name; views."""
+        state: dict[str, Tensor] = {}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            flats = getattr(self, kind)
+            for segment, flat in zip(self.mixture.segments, flats, strict=False):
+                names = (f"{kind}.{name}" for name in segment.names)
+                state.update(zip(names, segment.views(flat), strict=True))
+            state[f"{kind}.logits"] = flats[-1].view_as(self.mixture.logits)
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], basis_steps: Sequence[int]) -> None:
-        """Copy a state as given by `state_dict` in."""
-        for name, values in self._named_state():
+        """Copy moments as given by `state_dict` in; the averages are loaded with the weights."""
+        for name, values in self.state_dict().items():
             values.copy_(state[name])
         self.basis_steps = list(basis_steps)
-
-    def _named_state(self) -> Iterator[tuple[str, Tensor]]:
-        for kind in ("exp_avg", "exp_avg_sq", "ema"):
-            for i, values in enumerate(getattr(self, kind)):
-                yield f"{kind}.{i}", values
 
     @torch.no_grad()
     def _grad_norm(self) -> Tensor:

@@ -1,0 +1,122 @@
+"""The model that a training run starts with: new, remixed from a plain DiT, or a mixture.
+
+The data decide the size, channels and classes of the network.
+"""
+
+from dataclasses import replace
+
+from remixdit import checkpoint
+from remixdit.data import ShardDataset
+from remixdit.dit import DiT, DiTConfig
+from remixdit.intervals import Intervals, LogitNormal
+from remixdit.model import RemixConfig, RemixDiT, noise_process
+from remixdit.objectives import Diffusion, Flow
+from remixdit.seeds import generator_for
+from remixdit.train_config import TrainConfig
+
+__all__ = ["starting_model", "training_strata"]
+
+
+def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
+    """Return the intervals that timesteps are drawn in: the experts', or a plain DiT's strata."""
+    intervals, strata = model.intervals, config.objective.timestep_strata
+    if model.num_experts == 1 and strata > 1:
+        if intervals.is_continuous:
+            intervals = Intervals.continuous(strata)
+        else:
+            intervals = Intervals.uniform(strata, model.config.num_train_timesteps)
+    if config.objective.logit_normal:
+        intervals = replace(intervals, distribution=LogitNormal())
+    return intervals
+
+
+def starting_model(config: TrainConfig, dataset: ShardDataset) -> RemixDiT:
+    """Return the model that a run starts with: new, remixed from a plain DiT, or given."""
+    given = checkpoint.load_model(config.init_from) if config.init_from else None
+    target = target_config(config, dataset, given)
+    if given is not None and given.num_experts > 1:
+        refuse_other_mixture(given.config, target)
+        return given
+    if given is None:
+        model = RemixDiT(target, seed=config.seed)
+    else:
+        model = RemixDiT(target, adapted(given.expert(0), target.network, config))
+    if config.mixture.basis_noise:
+        generator = generator_for(config.seed, "basis noise")
+        model.mixture.perturb(config.mixture.basis_noise, generator)
+    return model
+
+
+def target_config(
+    config: TrainConfig, dataset: ShardDataset, given: RemixDiT | None
+) -> RemixConfig:
+    """Return the configuration of the model to train."""
+    channels, height, _ = dataset.shape
+    objective, mixture = config.objective, config.mixture
+    network = replace(
+        given.config.network if given else config.network,
+        input_size=height,
+        in_channels=channels,
+        num_classes=dataset.num_classes,
+    )
+    if given and given.config.prediction_type != objective.prediction_type:
+        raise ValueError(
+            f"prediction_type must be that of init_from, {given.config.prediction_type}, "
+            f"got {objective.prediction_type}"
+        )
+    if objective.prediction_type == "flow_prediction":
+        network = replace(network, learn_sigma=False)
+    target = RemixConfig(
+        network=network,
+        num_bases=mixture.num_bases,
+        num_experts=mixture.num_experts,
+        mixed=mixture.mixed,
+        coefficients=mixture.coefficients,
+        per_block=mixture.per_block,
+        prediction_type=objective.prediction_type,
+        class_names=dataset.class_names,
+        autoencoder=dataset.autoencoder,
+        license=given.config.license if given else "",
+    )
+    if mixture.intervals == "uniform":
+        return target
+    return replace(target, boundaries=log_snr_intervals(target).boundaries)
+
+
+def log_snr_intervals(config: RemixConfig) -> Intervals:
+    """Return intervals of equal width in log-SNR for a model's noise process."""
+    process: Diffusion | Flow = noise_process(config)
+    if isinstance(process, Diffusion):
+        return Intervals.by_log_snr(config.num_experts, process.log_snr)
+    return Intervals.continuous_by_log_snr(config.num_experts, process.log_snr)
+
+
+def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:
+    """Return a pre-trained DiT for the data at hand: any input size, new labels if asked for."""
+    before = network.config
+    if before.in_channels != shape.in_channels or before.learn_sigma != shape.learn_sigma:
+        raise ValueError(
+            f"init_from must be a model of {shape.in_channels} channels with learn_sigma "
+            f"{shape.learn_sigma}, as the data and the objective need, got "
+            f"{before.in_channels} and {before.learn_sigma}"
+        )
+    if before.num_classes != shape.num_classes and not config.new_labels:
+        raise ValueError(
+            f"init_from must be a model of the data's {shape.num_classes} classes, got "
+            f"{before.num_classes}; --new-labels learns the class embedding afresh"
+        )
+    fresh = DiT(shape, config.seed)
+    weights = network.state_dict()
+    if before.num_classes != shape.num_classes or config.new_labels:
+        weights = {name: v for name, v in weights.items() if not name.startswith("y_embedder")}
+    fresh.load_state_dict(weights, strict=False)
+    return fresh
+
+
+def refuse_other_mixture(given: RemixConfig, target: RemixConfig) -> None:
+    """Refuse to train a mixture under settings that are not its own."""
+    names = ("network", "num_bases", "num_experts", "mixed", "coefficients", "per_block")
+    for name in (*names, "boundaries", "prediction_type"):
+        mine, asked = getattr(given, name), getattr(target, name)
+        if mine != asked:
+            raise ValueError(f"{name} must be that of init_from, {mine}, got {asked}")

@@ -1,0 +1,196 @@
+"""What a training run is asked to do.
+
+Frozen dataclasses; the command line shows the line under each field as its help.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remixdit.dit import DiTConfig
+from remixdit.optim import OptimizerConfig
+
+__all__ = [
+    "MAY_CHANGE",
+    "PRECISIONS",
+    "MixtureConfig",
+    "ObjectiveConfig",
+    "OutputConfig",
+    "TrainConfig",
+]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What a resumed run may have otherwise than the run it goes on with.
+MAY_CHANGE = {
+    *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
+    *("output_dir", "tensorboard"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Bases, experts and how a step chooses among them."""
+
+    num_bases: int = 4
+    """K; 1 with num_experts 1 is a plain DiT."""
+    num_experts: int = 20
+    """N, at least K."""
+    experts_per_step: int = 0
+    """M distinct experts share every batch; 0 for all N. 1 is the published method."""
+    mixed: str = "attention+mlp"
+    """attention+mlp, all, or patterns of parameter names with commas between."""
+    coefficients: str = "softmax"
+    """softmax, raw or one_hot (frozen: with K = N, independent experts)."""
+    per_block: bool = False
+    """One coefficient table a block instead of one for all."""
+    intervals: str = "uniform"
+    """uniform: equal widths in timesteps; log_snr: equal widths in log-SNR."""
+    prior_strength: float = 0.0
+    """gamma: weight of the pull of each expert to its own basis."""
+    prior_schedule: str = "linear"
+    """linear: falls to exactly 0 at the last step; constant."""
+    basis_noise: float = 0.0
+    """Noise added to the bases at the start, relative to the size of each parameter."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if self.intervals not in ("uniform", "log_snr"):
+            raise ValueError(f"intervals must be uniform or log_snr, got {self.intervals!r}")
+        if self.prior_schedule not in ("linear", "constant"):
+            raise ValueError(
+                f"prior_schedule must be linear or constant, got {self.prior_schedule!r}"
+            )
+        if self.prior_strength < 0 or self.basis_noise < 0:
+            raise ValueError("prior_strength and basis_noise must be at least 0")
+        if self.prior_strength and self.coefficients != "softmax":
+            raise ValueError(
+                f"prior_strength must be 0 for {self.coefficients} coefficients, "
+                f"got {self.prior_strength}"
+            )
+        if not 0 <= self.experts_per_step <= self.num_experts:
+            raise ValueError(
+                f"experts_per_step must be in 0..{self.num_experts}, got {self.experts_per_step}"
+            )
+
+    def prior_at(self, step: int, total_steps: int) -> float:
+        """Return the prior's strength at a step in [0, total_steps)."""
+        if self.prior_schedule == "constant":
+            return self.prior_strength
+        return self.prior_strength * (1 - step / max(1, total_steps - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the network learns to predict, and from what."""
+
+    prediction_type: str = "epsilon"
+    """epsilon, v_prediction or flow_prediction."""
+    label_dropout: float = 0.1
+    """Share of the labels replaced by the null label, for guidance."""
+    logit_normal: bool = False
+    """Flow matching: draw t logit-normal instead of uniform."""
+    timestep_strata: int = 0
+    """A plain DiT alone: spread every batch evenly over so many intervals; 0 or 1 for not."""
+    mirror: bool = False
+    """Mirror half of the images, left to right."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
+        if self.logit_normal and self.prediction_type != "flow_prediction":
+            raise ValueError("logit_normal must be false without flow_prediction, got true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run writes, and how often; all in optimizer steps."""
+
+    log_every: int = 100
+    """Between lines of metrics."""
+    save_every: int = 5000
+    """Between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """The newest so many are kept."""
+    sample_every: int = 0
+    """Between grids of sampled images; 0 for none."""
+    sample_images: int = 16
+    """Images of a grid."""
+    sample_inference_steps: int = 50
+    """Steps of their trajectories."""
+    tensorboard: bool = True
+    """Write curves and pictures for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        for name in ("log_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str
+    """Encoded shards, or images: a folder of class folders, Parquet, npz, tar, a name."""
+    output_dir: Path
+    """The run's directory; the same command again resumes."""
+    init_from: str | None = None
+    """Start from this model: a plain DiT to remix, or a mixture to go on with."""
+    steps: int = 100_000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images a step, over all processes and experts."""
+    micro_batch_size: int = 0
+    """Images run at once on one process; 0 for all. Saves memory, changes nothing else."""
+    image_size: int | None = None
+    """Edge of the images of a source that is not encoded; by default the network's input_size."""
+    new_labels: bool = False
+    """Learn the class embedding afresh, for data with other classes than init_from."""
+    seed: int = 0
+    """Of weights, data order, timesteps, noise."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "fp32"
+    """fp32, or bf16: a bfloat16 network under float32 bases."""
+    network: DiTConfig = field(default_factory=DiTConfig)
+    """Shape of the network; input_size, in_channels and num_classes are taken from the data."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse values that do not fit together, before anything is read or written."""
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch_size < 0:
+            raise ValueError(f"micro_batch_size must be at least 0, got {self.micro_batch_size}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if self.objective.timestep_strata > 1 and self.mixture.num_experts > 1:
+            raise ValueError(
+                "timestep_strata must be 0 with several experts, whose intervals are the strata, "
+                f"got {self.objective.timestep_strata}"
+            )
+        if self.strata_per_step > self.batch_size:
+            raise ValueError(
+                f"batch_size must be at least one image for each of {self.strata_per_step} "
+                f"intervals a step, got {self.batch_size}"
+            )
+
+    @property
+    def strata_per_step(self) -> int:
+        """M: how many intervals every batch is spread over."""
+        if self.mixture.num_experts == 1:
+            return max(1, self.objective.timestep_strata)
+        return self.mixture.experts_per_step or self.mixture.num_experts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**asdict(self), "output_dir": str(self.output_dir)}

@@ -1,0 +1,230 @@
+"""Training: one loop for plain, remixed, one-hot and independent experts.
+
+    plan the step from (seed, step): experts, timesteps, noise, dropped labels
+    for each expert: mix it into the network, run its images, take in the plain gradient
+    one update of bases, shared parameters and logits, and of their average
+
+A run is a directory:
+
+    config.json       the configuration, and what the data were
+    metrics.jsonl     a line every log_every steps
+    checkpoints/      the newest few
+    samples/          grids of images from the averaged weights
+    tensorboard/
+    model/            the averaged weights, when the run has finished
+
+Shapes: C H W latents.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from remixdit import checkpoint, distributed
+from remixdit.autoencoder import load_autoencoder
+from remixdit.data import Batch, EncodeConfig, Loader, ShardDataset, prepare
+from remixdit.distributed import Ranks
+from remixdit.optim import MixtureAdamW
+from remixdit.run import DATA_DIR, Board, append_metrics, check_run, claim_run, cut_metrics
+from remixdit.sampling import SamplingConfig, sample
+from remixdit.start import starting_model, training_strata
+from remixdit.train_config import MAY_CHANGE, PRECISIONS, TrainConfig
+from remixdit.train_step import StepPlan, Window, plan_step, train_step
+
+__all__ = ["Progress", "Training", "train"]
+
+
+class Progress(NamedTuple):
+    """What a run reports after every step."""
+
+    step: int
+    """Steps done."""
+    steps: int
+    experts: tuple[int, ...]
+    """Of this step."""
+    metrics: dict[str, Any] | None
+    """The line of metrics, when one was written."""
+
+
+class Training:
+    """A run in progress: the model, its optimizer and the data."""
+
+    def __init__(self, config: TrainConfig, dataset: ShardDataset, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.device = distributed.pick_device(config.device)
+        self.model = starting_model(config, dataset).to(self.device)
+        self.optimizer = MixtureAdamW(self.model.mixture, config.optimizer)
+        self.model.mixture.cast_network(PRECISIONS[config.precision])
+        self.strata = training_strata(self.model, config)
+        self.loader = Loader(
+            dataset,
+            config.batch_size,
+            seed=config.seed,
+            mirror=config.objective.mirror,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+        )
+        self.step = 0
+        self.window = self._new_window()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        newest = checkpoint.newest_checkpoint(self.config.output_dir)
+        if newest is not None:
+            self.step = checkpoint.restore(newest, self.model, self.optimizer)
+
+    def take_step(self, batch: Batch) -> StepPlan:
+        """Take one optimizer step."""
+        config = self.config
+        plan = plan_step(
+            self.strata, config.strata_per_step, config.batch_size, config.seed, self.step
+        )
+        mixture = self.model.mixture
+        train_step(self.model, batch, plan, config, self.step, self.window)
+        grads = [segment.grads for segment in mixture.segments if segment.grads is not None]
+        distributed.all_reduce([*grads, *mixture.folded_dots()])
+        strength = config.mixture.prior_at(self.step, config.steps)
+        self.window.add_stats(self.optimizer.step(self.step, config.steps, strength))
+        self.step += 1
+        return plan
+
+    def metrics(self) -> dict[str, Any]:
+        """Return a line of metrics, and begin the next."""
+        config = self.config
+        masses = torch.tensor(self.strata.masses)
+        row = {
+            "step": self.step,
+            "images_seen": self.step * config.batch_size,
+            **self.window.means(masses, config.batch_size),
+            "prior_strength": config.mixture.prior_at(self.step - 1, config.steps),
+            "learning_rate": config.optimizer.learning_rate
+            * config.optimizer.lr_factor(self.step - 1, config.steps),
+        }
+        self.window = self._new_window()
+        return row
+
+    def sample(self) -> tuple[np.ndarray, list[str]]:
+        """Draw a few images from the averaged weights: (n, H, W, C) uint8, and their classes."""
+        output, names = self.config.output, self.model.config.class_names
+        sampling = SamplingConfig(
+            num_images=output.sample_images,
+            num_inference_steps=output.sample_inference_steps,
+            seed=self.config.seed,
+        )
+        autoencoder = load_autoencoder(self.model.config.autoencoder)
+        with self.optimizer.averaged():
+            batches = list(sample(self.model, autoencoder, sampling))
+        self.model.network.train()
+        labels = [int(label) for batch in batches for label in batch.class_labels]
+        images = np.concatenate([batch.images for batch in batches])
+        return images, [names[label] for label in labels] if names else []
+
+    def _new_window(self) -> Window:
+        return Window(self.strata.num_experts, self.device)
+
+
+def train(config: TrainConfig) -> Iterator[Progress]:
+    """Train, step by step; every step is reported.
+
+    The caller may stop asking at any time: the run goes on from its last checkpoint when the same
+    configuration is trained again.
+    """
+    ranks = distributed.start(distributed.pick_device(config.device))
+    # Everything that can be refused is refused before the run's directory is made.
+    check_run(config.output_dir, config.to_json(), {*MAY_CHANGE, "data_digest"})
+    dataset = open_dataset(config, ranks)
+    settings = {**config.to_json(), "data_digest": dataset.digest}
+    check_run(config.output_dir, settings, MAY_CHANGE)
+    training = Training(config, dataset, ranks)
+    if ranks.is_first:
+        claim_run(config.output_dir, settings)
+    distributed.barrier()
+    training.resume()
+    recorder = Recorder(config, training) if ranks.is_first else None
+    for batch in training.loader.batches(training.step):
+        if training.step >= config.steps:
+            break
+        plan = training.take_step(batch)
+        metrics = None
+        if is_due(training.step, config, config.output.log_every, config.output.save_every):
+            metrics = training.metrics()
+        if recorder is not None:
+            recorder.record(metrics)
+        yield Progress(training.step, config.steps, plan.strata, metrics)
+    if recorder is not None:
+        recorder.finish()
+    distributed.barrier()
+
+
+def is_due(step: int, config: TrainConfig, *every: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return step == config.steps or any(each and step % each == 0 for each in every)
+
+
+def open_dataset(config: TrainConfig, ranks: Ranks) -> ShardDataset:
+    """Open the shards, or encode the pixels of a source into the run's directory once."""
+    size = config.image_size or config.network.input_size
+    encode = EncodeConfig(image_size=size, seed=config.seed)
+    cache = config.output_dir / DATA_DIR
+    if ranks.is_first:
+        prepare(config.data, cache, encode)
+    distributed.barrier()
+    return prepare(config.data, cache, encode)
+
+
+class Recorder:
+    """What the first process writes: metrics, curves, samples, checkpoints, the model."""
+
+    def __init__(self, config: TrainConfig, training: Training) -> None:
+        self.config, self.training = config, training
+        cut_metrics(config.output_dir, training.step)
+        self.board: Board | None = None
+        if config.output.tensorboard:
+            self.board = Board(config.output_dir, training.step)
+
+    def record(self, metrics: dict[str, Any] | None) -> None:
+        """Write what is due after a step."""
+        config, training = self.config, self.training
+        if metrics is not None:
+            self._write_metrics(metrics)
+        if config.output.sample_every and is_due(training.step, config, config.output.sample_every):
+            self._write_samples()
+        if is_due(training.step, config, config.output.save_every):
+            checkpoint.save(
+                config.output_dir,
+                training.step,
+                training.model,
+                training.optimizer,
+                config.output.keep_checkpoints,
+            )
+
+    def finish(self) -> None:
+        """Write the finished model."""
+        with self.training.optimizer.averaged():
+            self.training.model.save_pretrained(self.config.output_dir / "model")
+        if self.board:
+            self.board.close()
+
+    def _write_metrics(self, metrics: dict[str, Any]) -> None:
+        append_metrics(self.config.output_dir, metrics)
+        if not self.board:
+            return
+        self.board.add_metrics(metrics)
+        model, step = self.training.model, self.training.step
+        if model.num_bases > 1:
+            tables = model.mixture.coefficients().detach().cpu().numpy()
+            tables = tables if model.config.per_block else tables[0]
+            self.board.add_coefficients(tables, model.intervals.boundaries, step)
+
+    def _write_samples(self) -> None:
+        from remixdit.plots import image_grid
+
+        images, names = self.training.sample()
+        grid = image_grid(images, 8, names)
+        directory = self.config.output_dir / "samples"
+        directory.mkdir(exist_ok=True)
+        grid.save(directory / f"step-{self.training.step:08d}.png")
+        if self.board:
+            self.board.add_samples(np.array(grid), self.training.step)
