@@ -6,7 +6,7 @@ A `Source` knows names and labels of all its images and reads one at a time. The
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -84,6 +84,18 @@ class Source:
         except ValueError as error:
             raise UnreadableImageError(self.image_names[index], str(error)) from error
         return image, int(self.class_labels[index])
+
+    def subset(self, indices: np.ndarray, name: str) -> "Source":
+        """Return the images `indices` (m,) alone, as a source called `name`."""
+        read = self.read
+        return replace(
+            self,
+            name=name,
+            image_names=[self.image_names[i] for i in indices],
+            class_labels=self.class_labels[indices],
+            fingerprint=fingerprint([self.fingerprint, *indices.tolist()]),
+            read=lambda i: read(int(indices[i])),
+        )
 
     def _is_grey(self, index: int) -> bool:
         try:
