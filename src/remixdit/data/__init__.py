@@ -6,6 +6,7 @@ loader = Loader(ShardDataset("shards"), batch_size=64)
 for batch in loader.batches(first_step=0): ...          # batch.latents (B, C, H, W)
 """
 
+from remixdit.data.check import Report, check
 from remixdit.data.encoding import EncodeConfig, Progress, encode
 from remixdit.data.loader import Batch, Loader
 from remixdit.data.prepare import prepare
@@ -18,9 +19,11 @@ __all__ = [
     "EncodeConfig",
     "Loader",
     "Progress",
+    "Report",
     "ShardDataset",
     "Source",
     "UnreadableImageError",
+    "check",
     "encode",
     "is_shard_dir",
     "open_source",

@@ -179,6 +179,8 @@ class _Encoder:
         scaled = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
         mean, logvar = self.autoencoder.encode(scaled).chunk(2, 1)
         moments = torch.cat([mean, logvar.clamp(-30, 20)], 1)  # the bounds diffusers samples in
+        if not moments.half().isfinite().all():
+            raise ValueError(f"{self.config.autoencoder} gives latents past the range of float16")
         return moments.half().cpu().numpy()
 
 

@@ -135,6 +135,32 @@ class ShardDataset:
             noise.sub_(self._shift).mul_(self._scale)
         return latents
 
+    def means(self, moments: Tensor) -> Tensor:
+        """Return stored moments (B, 2 C, h, w) as scaled latents without noise (B, C, h, w)."""
+        return (moments.float().chunk(2, 1)[0] - self._shift) * self._scale
+
+    def require(self, autoencoder: Mapping[str, Any], shape: tuple[int, int, int]) -> None:
+        """Refuse to go with a model that was trained on other latents.
+
+        Args:
+            autoencoder: the `spec` that the model's configuration holds.
+            shape: (C, H, W) of the latents that it takes.
+        """
+        if self.shape != tuple(shape):
+            raise ValueError(
+                f"latents of {self.directory} must be {tuple(shape)} for this model, "
+                f"got {self.shape}"
+            )
+        # The same weights may lie under another name.
+        fields = (set(autoencoder) | set(self.autoencoder)) - {"name"}
+        for field in sorted(fields or {"name"}):
+            wanted, found = autoencoder.get(field), self.autoencoder.get(field)
+            if wanted != found:
+                raise ValueError(
+                    f"{field} of the autoencoder of {self.directory} must be {wanted} for this "
+                    f"model, got {found}"
+                )
+
     def check_mirror(self, mirror: bool) -> None:
         """Refuse to mirror latents whose mirrored copy was not encoded."""
         if mirror and self.index["kind"] == "moments" and not self.index["mirrored"]:

@@ -16,7 +16,7 @@ import numpy as np
 from remixdit.data.pictures import PictureBatch
 from remixdit.data.shards import INDEX_FILE, LABELS_FILE, shard_file
 
-__all__ = ["EncodedDir", "ShardRecord", "ShardWriter"]
+__all__ = ["PARTS_DIR", "EncodedDir", "ShardRecord", "ShardWriter", "file_digest"]
 
 PARTS_DIR = "parts"
 SETTINGS_FILE = "settings.json"
@@ -49,13 +49,15 @@ class EncodedDir:
 
     def start(self) -> bool:
         """State in the directory what it will hold; return whether there is work left."""
-        stated = _first_json(self.directory / INDEX_FILE, self.parts / SETTINGS_FILE)
+        # In this order: another process may write the index and then remove the settings.
+        stated = _first_json(self.parts / SETTINGS_FILE, self.directory / INDEX_FILE)
         if stated is not None:
             self._check_same(stated)
-        elif self.directory.is_dir() and any(self.directory.iterdir()):
+        elif self.directory.exists() and {path.name for path in self.directory.iterdir()} - {
+            PARTS_DIR  # another process is about to state the same
+        }:
             raise ValueError(f"output {self.directory} exists and is no encoding")
-        if (self.directory / INDEX_FILE).exists():
-            self._tidy()
+        if self._tidy_if_merged():
             return False
         self.parts.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.parts / SETTINGS_FILE, _json(self.settings))
@@ -87,18 +89,24 @@ class EncodedDir:
         """Write the index if all shards are there, and remove what it replaces."""
         records = [self.record(number) for number in range(num_shards)]
         present = [record for record in records if record is not None]
-        if len(present) < num_shards:
-            return  # another process is still at work, or has merged already
-        index, class_labels = _merged(self.settings, present)
-        if index["num_images"] == 0:
-            first = index["skipped"][0]
-            raise ValueError(
-                f"no image of {self.settings['source']['name']} can be read, "
-                f"such as {first['image']}: {first['reason']}"
-            )
-        _write_atomically(self.directory / LABELS_FILE, _npy(class_labels))
-        _write_atomically(self.directory / INDEX_FILE, _json(index))
-        self._tidy()
+        if len(present) == num_shards:
+            index, class_labels = _merged(self.settings, present)
+            try:
+                _write_atomically(self.directory / LABELS_FILE, _npy(class_labels))
+                _write_atomically(self.directory / INDEX_FILE, _json(index))
+            except FileNotFoundError:  # another process was faster, and has swept up
+                if not (self.directory / INDEX_FILE).exists():
+                    raise
+        self._tidy_if_merged()
+
+    def _tidy_if_merged(self) -> bool:
+        """Remove what leads up to the index if that is there; return whether it is."""
+        if not (self.directory / INDEX_FILE).exists():
+            return False
+        shutil.rmtree(self.parts, ignore_errors=True)  # another process may be at it too
+        for partial in self.directory.glob(f"*{PARTIAL_SUFFIX}"):  # of a killed process
+            partial.unlink(missing_ok=True)
+        return True
 
     def _check_same(self, stated: Mapping[str, Any]) -> None:
         for name, value in self.settings.items():
@@ -110,12 +118,6 @@ class EncodedDir:
 
     def _record_path(self, number: int) -> Path:
         return self.parts / Path(shard_file(number)).with_suffix(".json").name
-
-    def _tidy(self) -> None:
-        """Remove the records, and what a killed process left half-written."""
-        shutil.rmtree(self.parts, ignore_errors=True)  # another process may be at it too
-        for partial in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
-            partial.unlink(missing_ok=True)
 
 
 class ShardWriter:
@@ -179,6 +181,12 @@ def _merged(
     settings: Mapping[str, Any], records: list[ShardRecord]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Return the index, and the labels (n,) int64 with the null label where there is none."""
+    skipped = [skipped for record in records for skipped in record.skipped]
+    if sum(record.num_images for record in records) == 0:
+        raise ValueError(
+            f"no image of {settings['source']['name']} can be read, such as "
+            f"{skipped[0]['image']}: {skipped[0]['reason']}"
+        )
     num_classes = len(settings["class_names"])
     labels = np.array([label for record in records for label in record.class_labels], np.int64)
     labels[labels < 0] = num_classes
@@ -189,7 +197,7 @@ def _merged(
         "class_counts": np.bincount(labels, minlength=num_classes + 1)[:num_classes].tolist(),
         "class_labels_digest": hashlib.sha256(_npy(labels)).hexdigest(),
         "shards": [{"num_images": r.num_images, "digests": r.digests} for r in records],
-        "skipped": [skipped for record in records for skipped in record.skipped],
+        "skipped": skipped,
     }
     return index, labels
 

@@ -1,0 +1,171 @@
+"""Is a directory of shards whole, and does it hold what one thinks it does?"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from remixdit.autoencoder import Pixels, load_autoencoder
+from remixdit.data.shards import LABELS_FILE, ShardDataset
+from remixdit.data.writing import PARTS_DIR, file_digest
+
+__all__ = ["Report", "check"]
+
+NUM_MEASURED = 1024  # images the statistics are taken of
+NUM_SHOWN = 64
+STD_RANGE = (0.5, 2.0)  # a noise schedule is made for latents of standard deviation 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `check` found."""
+
+    dataset: ShardDataset
+    problems: tuple[str, ...]
+    """What is wrong, one sentence each; empty when all is well."""
+    remarks: tuple[str, ...] = ()
+    """What may be meant so, but should be known."""
+    class_counts: np.ndarray
+    """(num_classes + 1,) images of each class, and last those without a label."""
+    latent_mean: float = math.nan
+    latent_std: float = math.nan
+    """Of latents as a network sees them, over up to 1,024 images."""
+    contact_sheet: Image.Image | None = None
+    """Up to 64 images, spread over the set, decoded; None if the autoencoder cannot be loaded."""
+
+    def summary(self) -> list[str]:
+        """Return what a person wants to read, a line each."""
+        dataset = self.dataset
+        index = dataset.index
+        return [
+            f"{len(dataset):,} images of {index['source']['name']}, {len(index['shards'])} shards",
+            f"latents {dataset.shape}, {index['kind']} {index['dtype']}, "
+            f"autoencoder {dataset.autoencoder['name']}",
+            f"mean {self.latent_mean:.3f}, standard deviation {self.latent_std:.3f}",
+            *self.histogram(),
+            *(f"note: {remark}" for remark in self.remarks),
+            *(f"problem: {problem}" for problem in self.problems),
+        ]
+
+    def histogram(self, num_lines: int = 20, width: int = 40) -> list[str]:
+        """Return a bar for each class, or for the largest and smallest when there are many."""
+        names = [*self.dataset.class_names, "(no label)"]
+        order = [int(label) for label in np.argsort(-self.class_counts, kind="stable")]
+        order = [label for label in order if label < len(names) - 1 or self.class_counts[-1]]
+        if len(order) > num_lines:
+            half = num_lines // 2
+            order = [*order[:half], -1, *order[-half:]]
+        most = max(1, int(self.class_counts.max()))
+        return [
+            "..."
+            if label == -1
+            else f"{names[label]:>16.16} {self.class_counts[label]:>8,} "
+            + "#" * math.ceil(width * self.class_counts[label] / most)
+            for label in order
+        ]
+
+
+def check(directory: str | Path, on_file: Callable[[int, int], None] | None = None) -> Report:
+    """Verify a directory of shards.
+
+    Args:
+        directory: of a finished encoding.
+        on_file: is called with (files verified, files in all), for a progress bar.
+
+    Raises:
+        ValueError: there is no index to verify against.
+    """
+    dataset = ShardDataset(directory)
+    problems = [*_wrong_files(dataset, on_file or (lambda done, total: None))]
+    if problems:
+        # What is broken is not looked at: its pictures would say nothing.
+        counts = np.zeros(dataset.num_classes + 1, np.int64)
+        return Report(dataset=dataset, problems=tuple(problems), class_counts=counts)
+    counts = np.bincount(dataset.class_labels, minlength=dataset.num_classes + 1)
+    if len(counts) > dataset.num_classes + 1:
+        problems.append(f"labels must lie in [0, {dataset.num_classes}], got {len(counts) - 1}")
+    chosen = _spread(len(dataset), NUM_MEASURED)
+    latents, _ = dataset.read(chosen, np.zeros_like(chosen), seed=0)
+    sheet, remark = _contact_sheet(dataset)
+    return Report(
+        dataset=dataset,
+        problems=tuple(problems),
+        remarks=(*_remarks(dataset, counts, float(latents.std())), *remark),
+        class_counts=counts,
+        latent_mean=float(latents.mean()),
+        latent_std=float(latents.std()),
+        contact_sheet=sheet,
+    )
+
+
+def _wrong_files(dataset: ShardDataset, on_file: Callable[[int, int], None]) -> Iterator[str]:
+    """Yield a sentence for each file that is not as the index says, or should not be there."""
+    expected = {LABELS_FILE: dataset.index["class_labels_digest"]}
+    for shard in dataset.index["shards"]:
+        expected |= shard["digests"]
+    for done, (name, digest) in enumerate(expected.items(), start=1):
+        path = dataset.directory / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif file_digest(path) != digest:
+            yield f"{name} is damaged: its checksum is not that of the index"
+        on_file(done, len(expected))
+    for path in sorted(dataset.directory.glob("*.npy")):
+        if path.name not in expected:
+            yield f"{path.name} belongs to another encoding: the index does not name it"
+    if (dataset.directory / PARTS_DIR).exists():
+        yield f"{PARTS_DIR} is left of an encoding: encode again with the same command"
+
+
+def _remarks(dataset: ShardDataset, class_counts: np.ndarray, std: float) -> Iterator[str]:
+    if dataset.index["kind"] == "moments" and not STD_RANGE[0] <= std <= STD_RANGE[1]:
+        yield (
+            f"the standard deviation of the latents should be near 1, got {std:.3f}: "
+            "the autoencoder's scaling_factor does not suit these images"
+        )
+    skipped = dataset.index["skipped"]
+    if skipped:
+        first = skipped[0]
+        yield (
+            f"{len(skipped)} images could not be read, such as {first['image']}: {first['reason']}"
+        )
+    empty = [
+        name
+        for name, count in zip(dataset.class_names, class_counts[:-1], strict=False)
+        if count == 0
+    ]
+    if empty and class_counts.any():
+        yield f"{len(empty)} classes hold no image, such as {empty[0]}"
+
+
+def _contact_sheet(dataset: ShardDataset) -> tuple[Image.Image | None, tuple[str, ...]]:
+    try:
+        autoencoder = load_autoencoder(dataset.autoencoder)
+    except ValueError as error:  # shards may be checked where their autoencoder is not
+        return None, (f"no contact sheet: {error}",)
+    chosen = _spread(len(dataset), NUM_SHOWN)
+    rows = torch.from_numpy(dataset.rows(chosen)).float()
+    latents = rows / 127.5 - 1 if isinstance(autoencoder, Pixels) else dataset.means(rows)
+    images = torch.cat([autoencoder.decode(part) for part in torch.split(latents, 8)])
+    return _grid(images.cpu().numpy()), ()
+
+
+def _grid(images: np.ndarray) -> Image.Image:
+    """(B, S, S, C) uint8 => one picture of about as many rows as columns."""
+    num_columns = math.ceil(math.sqrt(len(images)))
+    num_rows = math.ceil(len(images) / num_columns)
+    side = images.shape[1] + 2  # a border of one pixel
+    sheet = np.full((num_rows * side, num_columns * side, images.shape[3]), 255, np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // num_columns * side + 1, number % num_columns * side + 1
+        sheet[top : top + side - 2, left : left + side - 2] = image
+    return Image.fromarray(sheet[..., 0] if sheet.shape[2] == 1 else sheet)
+
+
+def _spread(num_images: int, num_chosen: int) -> np.ndarray:
+    """Return indices spread evenly over the set."""
+    return np.linspace(0, num_images - 1, min(num_images, num_chosen)).astype(np.int64)
