@@ -128,9 +128,21 @@ def test_a_cache_of_another_encoding_is_refused(tmp_path):
 
 def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
+    np.save(tmp_path / "out" / "thesis.npy", np.zeros(3))
     with pytest.raises(ValueError, match="out exists and is no encoding"):
         run(make_folder(tmp_path / "photos"), tmp_path / "out")
+    assert list(contents(tmp_path / "out")) == ["thesis.npy"]
+
+
+def test_an_unfinished_encoding_of_something_else_is_left_alone(tmp_path):
+    source = open_source(make_folder(tmp_path / "photos"))
+    progress = encode(source, tmp_path / "out", EncodeConfig(image_size=16, shard_size=2))
+    next(progress)
+    progress.close()
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="another encoding: its image_size is 16, not 32"):
+        run(tmp_path / "photos", tmp_path / "out", image_size=32)
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(

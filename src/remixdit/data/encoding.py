@@ -2,7 +2,7 @@
 
 Shard s holds the images [s * shard_size, (s + 1) * shard_size) of the source, less those that
 cannot be read. Rank r of R writes the shards s with s mod R = r, each beside its place and then
-renamed, with a record of it in `parts/`. Whoever finds all records there merges them into
+renamed, with a record of it in `.encoding/`. Whoever finds all records there merges them into
 `index.json` and removes them. So the work can be killed anywhere and run again, and ends with the
 same bytes, on any number of processes.
 
@@ -11,6 +11,7 @@ Shapes: B = batch_size, C channels, S = image_size, h w the size of a latent.
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -96,16 +97,27 @@ def encode(
     autoencoder = load_autoencoder(config.autoencoder)
     settings = _settings(source, config, autoencoder)
     directory = EncodedDir(Path(output_dir), settings)
-    try:
-        if directory.start():
-            encoder = _Encoder(source, config, autoencoder, directory)
+    with _told_of_disk_errors(directory.directory):
+        if not directory.start():
+            yield Progress(len(source), len(source), 0)
+            return
+        encoder = _Encoder(source, config, autoencoder, directory)
+        try:
             yield from encoder.run(rank, num_ranks)
             directory.merge(len(encoder.shards))
-        else:
-            yield Progress(len(source), len(source), 0)
+        except ValueError:
+            if num_ranks == 1:
+                directory.discard_if_empty()
+            raise
+
+
+@contextmanager
+def _told_of_disk_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(
-            f"cannot write {error.filename or output_dir}: {error.strerror}; finished shards stay, "
+            f"cannot write {error.filename or directory}: {error.strerror}; finished shards stay, "
             "and the same command continues after them"
         ) from error
 

@@ -85,13 +85,10 @@ def _check_class_folders(root: Path, names: list[str], first_loose: str | None) 
         raise ValueError(
             f"{root} holds the one class folder {names[0]!r}: give {root / names[0]} instead"
         )
-    empty = [
-        entry.name
-        for entry in root.iterdir()
-        if _is_shown(entry.name) and entry.is_dir() and entry.name not in set(names)
-    ]
+    shown = {entry.name for entry in root.iterdir() if _is_shown(entry.name) and entry.is_dir()}
+    empty = sorted(shown.difference(names))
     if empty:
-        raise ValueError(f"class folder {sorted(empty)[0]!r} of {root} holds no images")
+        raise ValueError(f"class folder {empty[0]!r} of {root} holds no images")
     seen: dict[str, str] = {}
     for name in names:
         twin = seen.setdefault(_normal(name).casefold(), name)

@@ -18,7 +18,7 @@ from remixdit.data.shards import INDEX_FILE, LABELS_FILE, shard_file
 
 __all__ = ["PARTS_DIR", "EncodedDir", "ShardRecord", "ShardWriter", "file_digest"]
 
-PARTS_DIR = "parts"
+PARTS_DIR = ".encoding"
 SETTINGS_FILE = "settings.json"
 PARTIAL_SUFFIX = ".partial"
 
@@ -107,6 +107,16 @@ class EncodedDir:
         for partial in self.directory.glob(f"*{PARTIAL_SUFFIX}"):  # of a killed process
             partial.unlink(missing_ok=True)
         return True
+
+    def discard_if_empty(self) -> None:
+        """Remove the directory if no image has been written to it."""
+        records = [_first_json(path) for path in self.parts.glob("*-*.json")]
+        if not self.parts.is_dir() or any(record and record["num_images"] for record in records):
+            return
+        for path in (*self.directory.glob("*.npy"), *self.directory.glob(f"*{PARTIAL_SUFFIX}")):
+            path.unlink()
+        shutil.rmtree(self.parts)
+        self.directory.rmdir()
 
     def _check_same(self, stated: Mapping[str, Any]) -> None:
         for name, value in self.settings.items():
