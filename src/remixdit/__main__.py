@@ -1,0 +1,8 @@
+"""`python -m remixdit`, and `torchrun -m remixdit`."""
+
+import sys
+
+from remixdit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

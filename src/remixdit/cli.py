@@ -1,0 +1,96 @@
+"""The command line: find the command, run it, turn what went wrong into one line.
+
+Exit codes: 0 done; 1 the machine failed (a full disk, too little memory); 2 the request makes no
+sense; 130 interrupted. Results go to stdout, all else to stderr.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from remixdit import __version__
+
+__all__ = ["main"]
+
+# name: (module of remixdit.commands, what it does)
+COMMANDS = {
+    "encode": ("encode", "images -> shards of pixels or latents; resumable"),
+    "data": ("data", "check DIR: verify shards, show a contact sheet and the classes"),
+    "train": ("train", "train or fine-tune; the same command again resumes"),
+    "sample": ("sample", "draw images: a grid, an npz or files"),
+    "plot": ("plot", "figures of a run: losses, coefficients, gradients"),
+    "info": ("info", "sizes, intervals, coefficients and cost of a model"),
+}
+
+HELP = """\
+usage: remixdit COMMAND ...
+
+{commands}
+
+remixdit COMMAND --help    says what a command takes
+remixdit --version         says which version this is
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    args = sys.argv[1:] if args is None else list(args)
+    logging.basicConfig(format="remixdit: %(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return run(args)
+    except KeyboardInterrupt as interrupt:
+        complain(str(interrupt) or "interrupted")
+        return 130
+    except ValueError as error:
+        return failed(error, 2)
+    except (OSError, MemoryError, ArithmeticError) as error:
+        return failed(error, 1)
+    except RuntimeError as error:
+        # By name: torch is not imported just to be asked.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return failed(error, 1)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command."""
+    name, *rest = args or ["--help"]
+    if name in ("-h", "--help"):
+        lines = (f"  {command:10} {purpose}" for command, (_, purpose) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    if name == "--version":
+        print(f"remixdit {__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, 1)
+        meant = f"perhaps {close[0]}" if close else f"there are {', '.join(COMMANDS)}"
+        raise ValueError(f"no command {name!r}: {meant}")
+    module = import_module(f"remixdit.commands.{COMMANDS[name][0]}")
+    try:
+        module.run(rest)
+    except SystemExit as end:  # after --help
+        return int(end.code or 0)
+    return 0
+
+
+def failed(error: Exception, code: int) -> int:
+    """Say in one line what went wrong; return the exit code."""
+    if os.environ.get("REMIXDIT_TRACEBACK"):
+        traceback.print_exception(error)
+    name = type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = " ".join(str(error).split()) or name
+    complain(f"error: {text}")
+    return code
+
+
+def complain(text: str) -> None:
+    """Write one line to stderr."""
+    print(f"remixdit: {text}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""One module a command; `run(args)` parses, calls the library and prints."""

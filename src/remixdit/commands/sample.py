@@ -1,0 +1,93 @@
+"""`remixdit sample CHECKPOINT`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from tyro.conf import Positional
+
+from remixdit import distributed
+from remixdit.autoencoder import LatentAutoencoder, load_autoencoder
+from remixdit.checkpoint import load_model
+from remixdit.commands.arguments import base_config, parse
+from remixdit.commands.terminal import Bar, say
+from remixdit.sample_files import claim_output, write_samples
+from remixdit.sampling import SamplingConfig, labels_of, sample
+from remixdit.train_config import PRECISIONS
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(SamplingConfig):
+    """Draw images. Image i depends on (seed, i) alone."""
+
+    checkpoint: Positional[str]
+    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+    output: str
+    """out.png for a grid, out.npz for arrays, a directory for a file each."""
+    overwrite: bool = False
+    """Replace what an earlier sampling wrote there."""
+    class_labels: str = ""  # type: ignore[assignment]  # names need the model
+    """Numbers or names with commas between; images cycle through them. By default all classes."""
+    ema: bool = True
+    """Take the averaged weights of a run that has not finished."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "fp32"
+    """fp32 or bf16."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        super().__post_init__()
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+
+
+def run(args: Sequence[str]) -> None:
+    """Sample."""
+    arguments = parse(SampleArguments, args, "sample")
+    try:
+        draw(arguments)
+    finally:
+        distributed.stop()
+
+
+def draw(arguments: SampleArguments) -> None:
+    """Draw the images and write them."""
+    device = distributed.pick_device(arguments.device)
+    model = load_model(arguments.checkpoint, ema=arguments.ema, device=str(device))
+    names = model.config.class_names
+    labels = label_numbers(arguments.class_labels, names)
+    config = replace(base_config(arguments, SamplingConfig), class_labels=labels)
+    config.resolved_scheduler(model)
+    class_labels = labels_of(model, config).tolist()
+    model.mixture.cast_network(PRECISIONS[arguments.precision])
+    autoencoder = load_autoencoder(model.config.autoencoder)
+    if isinstance(autoencoder, LatentAutoencoder):
+        autoencoder.to(device)
+    ranks = distributed.start(device)
+    target = claim_output(arguments.output, arguments.overwrite)
+    about = {"checkpoint": arguments.checkpoint, "sampling": asdict(config)}
+    batches = sample(model, autoencoder, config, ranks.rank, ranks.num_ranks)
+    with Bar("sample", config.num_images, "images") as bar:
+        for done in write_samples(target, batches, class_labels, names, about):
+            bar.update(done)
+    say(f"wrote {config.num_images} images to {arguments.output}")
+
+
+def label_numbers(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return the labels meant by "3,7" or "cat,dog"; digits are always a number."""
+    labels = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        if word.lstrip("-").isdecimal():
+            labels.append(int(word))
+        elif word in class_names:
+            labels.append(class_names.index(word))
+        else:
+            known = json.dumps(class_names[:10], ensure_ascii=False)
+            raise ValueError(
+                f"class_labels must be numbers or names of the model's {len(class_names)} classes "
+                f"(such as {known}), got {word!r}"
+            )
+    return tuple(labels)

@@ -1,0 +1,83 @@
+"""Progress on stderr: a bar in a terminal, elsewhere a plain line a minute."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["Bar", "say"]
+
+LINE_SECONDS = 60
+
+
+def say(text: str) -> None:
+    """Write one line to stderr."""
+    print(f"remixdit: {text}", file=sys.stderr)
+
+
+class Bar:
+    """How far something has come; use in a `with`.
+
+    Args:
+        name: Of what is being done.
+        total: Steps or images in all.
+        unit: What is counted in the speed shown.
+        scale: Units for one of `total`.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, scale: int = 1) -> None:
+        self.name, self.total, self.unit, self.scale = name, total, unit, scale
+        self.progress: Progress | None = None
+        self.started, self.first = time.monotonic(), -1
+        self.said = self.started
+
+    def __enter__(self) -> Self:
+        """Show the bar, in a terminal."""
+        if sys.stderr.isatty():
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self.progress.add_task(self.name, total=self.total, facts="")
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the bar as it is."""
+        if self.progress is not None:
+            self.progress.stop()
+
+    def update(self, done: int, *facts: str, total: int | None = None) -> None:
+        """Show that `done` of the total are done, and facts such as a loss."""
+        now, self.total = time.monotonic(), total or self.total
+        if self.first < 0:  # a resumed run begins in the middle
+            self.started, self.first = now, done
+        speed = (done - self.first) * self.scale / max(now - self.started, 1e-9)
+        shown = [*facts, f"{speed:.3g} {self.unit}/s"] if speed else list(facts)
+        if self.progress is not None:
+            task = self.progress.task_ids[0]
+            self.progress.update(task, completed=done, total=self.total, facts=", ".join(shown))
+        elif now - self.said >= LINE_SECONDS and speed:
+            left = (self.total - done) * self.scale / speed
+            text = ", ".join([f"{self.name} {done}/{self.total}", *shown, f"{clock(left)} left"])
+            say(text)
+            self.said = now
+
+
+def clock(seconds: float) -> str:
+    """Return hours, minutes and seconds, such as 1:02:03."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"

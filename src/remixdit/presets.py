@@ -1,0 +1,147 @@
+"""Named training runs.
+
+Each is a set of changes to the defaults of `TrainConfig`, with the number that it yields. The
+numbers of the paper (arXiv 2412.05628) are FID on ImageNet 256x256 with guidance 1.5; a number
+counts as measured only if this package produced it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from remixdit.dit import DiTConfig
+from remixdit.optim import OptimizerConfig
+from remixdit.train_config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
+
+__all__ = ["PRESETS", "Preset", "preset", "train_config"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named training run."""
+
+    summary: str
+    """What it is, in one line."""
+    result: str
+    """What it yields."""
+    settings: Mapping[str, Any]
+    """Fields of `TrainConfig` other than its defaults."""
+
+
+FINE_TUNING = OptimizerConfig(learning_rate=2e-5)
+PLAIN = MixtureConfig(num_bases=1, num_experts=1)
+NOT_MEASURED = "not measured"
+S2 = DiTConfig.named("S/2")
+
+
+def remixed(size: str, published_fid: str) -> Preset:
+    """Return the fine-tuning of a published size with all experts in every step."""
+    return Preset(
+        f"fine-tune a pre-trained DiT-{size} (--from) into K = 4, N = 20, all experts every step",
+        f"not measured; published with one expert a step: {published_fid}",
+        {"network": DiTConfig.named(size), "optimizer": FINE_TUNING},
+    )
+
+
+def fine_tuned_s2(summary: str, result: str = NOT_MEASURED, **changes: Any) -> Preset:
+    """Return the fine-tuning of a pre-trained DiT-S/2 with another mixture."""
+    return Preset(
+        f"fine-tune a DiT-S/2 (--from): {summary}",
+        result,
+        {"network": S2, "optimizer": FINE_TUNING, **changes},
+    )
+
+
+PRESETS = {
+    "tiny": Preset(
+        "seconds on a CPU, for tests: a network of 32 x 2 on images of 16 pixels, K = 2, N = 4",
+        "proves that the commands run; learns little",
+        {
+            "network": DiTConfig(
+                input_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, in_channels=3
+            ),
+            "mixture": MixtureConfig(num_bases=2, num_experts=4),
+            "optimizer": OptimizerConfig(learning_rate=1e-3),
+            "output": OutputConfig(log_every=5, save_every=10, tensorboard=False),
+            "steps": 20,
+            "batch_size": 16,
+        },
+    ),
+    "pixels-small": Preset(
+        "from scratch on pixels of 32 x 32, such as CIFAR-10: DiT-S/4, K = 4, N = 8, mirrored",
+        NOT_MEASURED,
+        {
+            "network": DiTConfig.named("S/4", in_channels=3, num_classes=10),
+            "mixture": MixtureConfig(num_experts=8),
+            "objective": ObjectiveConfig(mirror=True),
+            "optimizer": OptimizerConfig(learning_rate=2e-4, warmup_steps=1000),
+        },
+    ),
+    "s2-plain": Preset(
+        "from scratch: the plain DiT-S/2 to start others from, as published",
+        NOT_MEASURED,
+        {"network": S2, "mixture": PLAIN, "steps": 400_000},
+    ),
+    "s2": remixed("S/2", "26.51 -> 22.84"),
+    "b2": remixed("B/2", "10.11 -> 9.02"),
+    "l2": remixed("L/2", "3.73 -> 3.22"),
+    "xl2": Preset(
+        "fine-tune a pre-trained DiT-XL/2 (--from) into K = 4, N = 20, all experts every step",
+        NOT_MEASURED,
+        {"network": DiTConfig.named("XL/2"), "optimizer": FINE_TUNING},
+    ),
+    "published": fine_tuned_s2(
+        "the paper's method, one expert a step, its prior",
+        "not measured; published: 26.51 -> 22.84",
+        mixture=MixtureConfig(experts_per_step=1, prior_strength=1e-4),
+    ),
+    "continued": fine_tuned_s2(
+        "the baseline, a plain DiT, with timesteps stratified as those of 20 experts are",
+        "not measured; published without strata: 26.51 -> 26.05",
+        mixture=PLAIN,
+        objective=ObjectiveConfig(timestep_strata=20),
+    ),
+    "independent": fine_tuned_s2(
+        "8 experts that share nothing mixed, one a step, so each gets 1/8 of the steps",
+        "not measured; published: 26.51 -> 25.00",
+        mixture=MixtureConfig(
+            num_bases=8, num_experts=8, coefficients="one_hot", experts_per_step=1
+        ),
+    ),
+    "oracle": fine_tuned_s2(
+        "4 bases, each serving 5 of 20 intervals alone (frozen one-hot coefficients)",
+        mixture=MixtureConfig(coefficients="one_hot"),
+    ),
+    "raw": fine_tuned_s2(
+        "coefficients free instead of softmax", mixture=MixtureConfig(coefficients="raw")
+    ),
+    "per-block": fine_tuned_s2(
+        "a coefficient table for each block", mixture=MixtureConfig(per_block=True)
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """Return a preset by name."""
+    if name not in PRESETS:
+        close = get_close_matches(name, PRESETS, 1)
+        hint = f"; perhaps {close[0]}" if close else ""
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{hint}")
+    return PRESETS[name]
+
+
+def train_config(
+    name: str, *, data: str | Path, output_dir: str | Path, **changes: Any
+) -> TrainConfig:
+    """Return the run of a preset.
+
+    Args:
+        name: Of the preset.
+        data: Shards or images.
+        output_dir: The run's directory.
+        changes: Other fields of `TrainConfig`.
+    """
+    settings = {**preset(name).settings, **changes}
+    return TrainConfig(data=str(data), output_dir=Path(output_dir), **settings)
