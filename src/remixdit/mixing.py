@@ -75,11 +75,11 @@ class Mixture:
         names = mixed_names(network, self.patterns, self.tied)
         num_tables = 1 + max((block_of(name) for name in names), default=-1) + 1 if per_block else 1
         self.segments = list(self._segments(names, num_tables))
-        device = self.segments[0].bases.device
+        masters = self.segments[0].bases
         table = initial_table(num_bases, num_experts, coefficients, symmetry)
         if per_block:
             table = table.expand(num_tables, -1, -1).clone()
-        self.logits = nn.Parameter(table.to(device), requires_grad=coefficients != "one_hot")
+        self.logits = nn.Parameter(table.to(masters), requires_grad=coefficients != "one_hot")
         self.experts_per_step = 1
         self._changes = 0
         self._active: tuple[int, ...] | None = None  # what the network holds now

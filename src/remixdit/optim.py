@@ -297,7 +297,7 @@ class MixtureAdamW:
             values[rows] for values in (bases, self.exp_avg[i], self.exp_avg_sq[i], self.ema[i])
         ]
         if weights is None:
-            weights = torch.ones(1, 1, device=bases.device)
+            weights = torch.ones(1, 1, device=bases.device, dtype=bases.dtype)
         hyperparameters = self._hyperparameters(steps, *rates)
         size = bases.shape[1] if bases.is_cuda else max(1, CHUNK // len(states[0]))
         for start in range(0, bases.shape[1], size):

@@ -72,7 +72,7 @@ class Segment:
         """Cut a flat (..., P) tensor into the parameters: a list of (..., *) views."""
         pairs = zip(self.offsets, self.shapes, strict=True)
         return [
-            flat[..., offset : offset + shape.numel()].view(*flat.shape[:-1], *shape)
+            flat[..., offset : offset + shape.numel()].view((*flat.shape[:-1], *shape))
             for offset, shape in pairs
         ]
 
