@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from remixdit.metrics import (
     frechet_distance,
     gaussian,
     inception_score,
+    jackknife_frechet,
     kernel_distance,
     kernel_distance_subsets,
     linear_probe_accuracy,
@@ -91,8 +94,8 @@ def test_distances_do_not_change_under_rotation_or_order_of_images() -> None:
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save")
 def test_frechet_and_kernel_distance_equal_torchmetrics() -> None:
     pytest.importorskip("torchmetrics")
-    from torchmetrics.image.fid import FrechetInceptionDistance  # noqa: PLC0415
-    from torchmetrics.image.kid import KernelInceptionDistance  # noqa: PLC0415
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
 
     class Flatten(torch.nn.Module):
         num_features = 12
@@ -147,21 +150,51 @@ def test_moments_stay_exact_when_the_mean_is_a_thousand_deviations() -> None:
     np.testing.assert_allclose(moments.gaussian().covariance, expected, atol=1e-8)
 
 
-def test_bootstrap_error_equals_the_spread_over_fresh_images() -> None:
+ERRORS = [bootstrap_frechet, jackknife_frechet]
+
+
+@pytest.mark.parametrize("estimate", ERRORS)
+def test_error_of_the_frechet_distance_equals_the_spread_over_fresh_images(
+    estimate: Callable[..., Estimate],
+) -> None:
     reference = gaussian(draw(20_000, 4, 99))
     draws = [draw(200, 4, seed, shift=0.2) for seed in range(200)]
     fresh = np.std([frechet_distance(reference, gaussian(fake)) for fake in draws])
-    errors = [bootstrap_frechet(reference, fake).standard_error for fake in draws[:20]]
+    errors = [estimate(reference, fake).standard_error for fake in draws[:20]]
     assert np.mean(errors) == pytest.approx(fresh, rel=0.2)
 
 
-def test_bootstrap_keeps_the_value_and_repeats_for_a_seed() -> None:
+def test_jackknife_error_holds_with_fewer_images_than_features() -> None:
+    reference = gaussian(draw(2000, 40, 99))
+    draws = [draw(30, 40, seed, shift=0.1) for seed in range(200)]
+    fresh = np.std([frechet_distance(reference, gaussian(fake)) for fake in draws])
+    errors = [jackknife_frechet(reference, d, num_groups=10).standard_error for d in draws[:40]]
+    assert np.mean(errors) == pytest.approx(fresh, rel=0.35)
+    too_large = [bootstrap_frechet(reference, d, num_resamples=20) for d in draws[:10]]
+    assert np.mean([estimate.standard_error for estimate in too_large]) > 1.5 * fresh
+
+
+@pytest.mark.parametrize("estimate", ERRORS)
+def test_error_of_the_frechet_distance_keeps_the_value_and_repeats_for_a_seed(
+    estimate: Callable[..., Estimate],
+) -> None:
     reference, fake = gaussian(draw(100, 5, 1)), draw(60, 5, 2, shift=0.5)
-    estimate = bootstrap_frechet(reference, fake, num_resamples=8, seed=3)
-    assert estimate.value == frechet_distance(reference, gaussian(fake))
-    assert estimate == bootstrap_frechet(reference, fake, num_resamples=8, seed=3)
-    low, high = estimate.interval()
-    assert low < estimate.value < high
+    first = estimate(reference, fake, seed=3)
+    assert first.value == frechet_distance(reference, gaussian(fake))
+    assert first == estimate(reference, fake, seed=3)
+    low, high = first.interval()
+    assert low < first.value < high
+
+
+def test_jackknife_error_equals_leaving_each_group_out() -> None:
+    reference, fake = gaussian(draw(50, 3, 1)), draw(12, 3, 2, shift=0.5)
+    remaining = [fake[torch.arange(12) % 6 != group] for group in range(6)]
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    undone = torch.empty(12, dtype=torch.long)
+    undone[order] = torch.arange(12).view(2, 6).T.flatten()  # the shuffle gives these groups back
+    left = [frechet_distance(reference, gaussian(rest)) for rest in remaining]
+    got = jackknife_frechet(reference, fake[undone], num_groups=6).standard_error
+    assert got == pytest.approx((5 * np.var(left)) ** 0.5, rel=1e-6)
 
 
 def test_interval_is_the_normal_one() -> None:
@@ -381,6 +414,19 @@ def test_memorisation_tells_copies_from_new_images() -> None:
     assert abs(fresh.value - 0.5) < 4 * fresh.standard_error
 
 
+def test_memorisation_error_equals_the_spread_over_fresh_images() -> None:
+    fractions = [
+        memorisation(
+            draw(150, 40, seed), draw(100, 40, 1000 + seed), draw(100, 40, 2000 + seed)
+        ).fraction_nearer_train
+        for seed in range(200)
+    ]
+    spread = np.std([fraction.value for fraction in fractions])
+    errors = [fraction.standard_error for fraction in fractions]
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+    assert spread > 1.3 * 0.5 / 150**0.5  # the binomial error would be too small
+
+
 def test_memorisation_compares_sets_of_equal_size() -> None:
     fresh = memorisation(draw(400, 4, 3), draw(4000, 4, 1), draw(400, 4, 2))
     assert abs(fresh.fraction_nearer_train.value - 0.5) < 0.12
@@ -409,6 +455,14 @@ def test_memorisation_compares_sets_of_equal_size() -> None:
         (
             lambda: bootstrap_frechet(gaussian(draw(9, 3)), draw(9, 3), num_resamples=1),
             "num_resamples must be at least 2, got 1",
+        ),
+        (
+            lambda: jackknife_frechet(gaussian(draw(9, 3)), draw(9, 3), num_groups=1),
+            "num_groups must be at least 2, got 1",
+        ),
+        (
+            lambda: jackknife_frechet(gaussian(draw(9, 3)), draw(9, 3), num_groups=5),
+            "fake must hold at least 10 images, got 9",
         ),
         (lambda: Estimate(0, 1).interval(95), "confidence must be between 0 and 1, got 95"),
         (

@@ -23,6 +23,7 @@ from remixdit.metrics.gaussians import (
     bootstrap_frechet,
     frechet_distance,
     gaussian,
+    jackknife_frechet,
 )
 from remixdit.metrics.kernels import kernel_distance, kernel_distance_subsets
 from remixdit.metrics.neighbours import (
@@ -49,6 +50,7 @@ __all__ = [
     "frechet_distance",
     "gaussian",
     "inception_score",
+    "jackknife_frechet",
     "kernel_distance",
     "kernel_distance_subsets",
     "linear_probe_accuracy",

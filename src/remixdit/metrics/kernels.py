@@ -26,10 +26,10 @@ def kernel_distance(real: Tensor, fake: Tensor, *, chunk_size: int = 2048) -> Es
     """
     check_pair(real, fake, at_least=3)
     real, fake = real.double(), fake.double()
-    real_within = _row_sums(real, real, chunk_size) - _diagonal(real)  # (B,)
-    fake_within = _row_sums(fake, fake, chunk_size) - _diagonal(fake)  # (B',)
-    real_means = _row_sums(real, fake, chunk_size) / len(fake)  # (B,)
-    fake_means = _row_sums(fake, real, chunk_size) / len(real)  # (B',)
+    real_within = _kernel_sums(real, real, chunk_size)[0] - _diagonal(real)  # (B,)
+    fake_within = _kernel_sums(fake, fake, chunk_size)[0] - _diagonal(fake)  # (B',)
+    real_sums, fake_sums = _kernel_sums(real, fake, chunk_size)
+    real_means, fake_means = real_sums / len(fake), fake_sums / len(real)  # (B,), (B',)
     value = _pair_mean(real_within) + _pair_mean(fake_within) - 2 * real_means.mean()
     variance = _jackknife_variance(real_within, real_means)
     variance = variance + _jackknife_variance(fake_within, fake_means)
@@ -59,11 +59,13 @@ def kernel_distance_subsets(
     return spread(values)
 
 
-def _row_sums(rows: Tensor, columns: Tensor, chunk_size: int) -> Tensor:
-    sums = []
+def _kernel_sums(rows: Tensor, columns: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    row_sums, column_sums = [], columns.new_zeros(len(columns))
     for _, chunk in chunks(rows, chunk_size):
-        sums.append((chunk @ columns.T / rows.shape[1] + 1).pow(3).sum(1))
-    return torch.cat(sums)
+        kernel = (chunk @ columns.T / rows.shape[1] + 1).pow_(3)  # (chunk, B')
+        row_sums.append(kernel.sum(1))
+        column_sums += kernel.sum(0)
+    return torch.cat(row_sums), column_sums
 
 
 def _diagonal(features: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def nearest_neighbours(
 class Memorisation(NamedTuple):
     """Whether samples lie nearer to the training images than to held-out ones."""
 
-    fraction_nearer_train: Estimate  # 0.5 when nothing is memorised, 1 for copies
+    fraction_nearer_train: Estimate  # 0.5 when nothing is memorised, 1 for copies; error: below
     median_to_train: float
     median_to_held_out: float
 
@@ -73,6 +73,10 @@ def memorisation(
     The nearest of many is nearer than the nearest of few, so the larger set is thinned to the
     size of the other. For copies of single images look at `nearest_neighbours` in all of train.
 
+    The standard error is that of chance, were nothing memorised: any half of the images might
+    then have been train. It minds how many samples share a nearest image, for in many dimensions
+    a few images are nearest to most, and the fraction errs by more than a coin's 0.5 / B^(1/2).
+
     Args:
         samples: (B, F) features of generated images.
         train: (B', F) features.
@@ -83,11 +87,13 @@ def memorisation(
     check_pair(train, held_out, at_least=1)
     size = min(len(train), len(held_out))
     generator = torch.Generator().manual_seed(seed)
-    to_train, _ = nearest_neighbours(samples, draw(train, size, generator))
-    to_held_out, _ = nearest_neighbours(samples, draw(held_out, size, generator))
-    nearer = (to_train < to_held_out).double() + 0.5 * (to_train == to_held_out).double()
+    to_train, train_index = nearest_neighbours(samples, draw(train, size, generator))
+    to_held_out, held_out_index = nearest_neighbours(samples, draw(held_out, size, generator))
+    nearer = 0.5 * ((to_train < to_held_out).double() + (to_train <= to_held_out).double())
+    nearest = torch.where(to_train < to_held_out, train_index, held_out_index + size)
+    shares = nearest.bincount(minlength=2 * size).double() / len(samples)  # of each image
     return Memorisation(
-        Estimate(float(nearer.mean()), float(nearer.std(correction=0)) / len(nearer) ** 0.5),
+        Estimate(float(nearer.mean()), float(shares.std() * (2 * size) ** 0.5 / 2)),
         float(to_train.median()),
         float(to_held_out.median()),
     )
