@@ -114,7 +114,16 @@ def test_mirroring_needs_a_mirrored_copy(images, autoencoder, tmp_path):
         Loader(dataset, 4, mirror=True)
 
 
-@pytest.mark.parametrize("other", [{"batch_size": 4}, {"shard_size": 9}, {"mirror": True}])
+def test_bfloat16_is_close_to_float32(images, autoencoder, tmp_path):
+    exact = run(images, tmp_path / "exact", autoencoder).rows(np.arange(50))
+    dataset = run(images, tmp_path / "rounded", autoencoder, precision="bf16")
+    assert dataset.index["precision"] == "bf16"
+    assert np.abs(dataset.rows(np.arange(50)) - exact).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "other", [{"batch_size": 4}, {"shard_size": 9}, {"mirror": True}, {"precision": "bf16"}]
+)
 def test_another_encoding_does_not_mix_in(images, autoencoder, tmp_path, other):
     run(images, tmp_path / "out", autoencoder)
     with pytest.raises(ValueError, match="holds another encoding: its"):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from remixdit.autoencoder import Autoencoder, LatentAutoencoder, load_autoencode
 from remixdit.data.pictures import PictureBatch, Pictures
 from remixdit.data.source import Source
 from remixdit.data.writing import EncodedDir, ShardRecord, ShardWriter
+from remixdit.distributed import pick_device
 
 __all__ = ["EncodeConfig", "Progress", "encode"]
 
@@ -41,7 +42,7 @@ class EncodeConfig:
     """An AutoencoderKL on the Hugging Face hub or in a local directory; none keeps pixels."""
     channels: int | None = None
     """3 for colour, 1 for grey; by default 1 if the images are grey, else 3."""
-    crop: str = "center"
+    crop: Literal["center", "random"] = "center"
     """center, or random: a square of at least 0.8 of the shorter side, drawn from (seed, image)."""
     mirror: bool = False
     """Encode each image mirrored as well. Pixels need no mirrored copy."""
@@ -53,8 +54,10 @@ class EncodeConfig:
     """Images a shard; by default such that a shard takes about 64 MiB."""
     seed: int = 0
     """Of the random crop."""
-    device: str = "cpu"
-    """Where the autoencoder runs; in bfloat16 on a GPU, in float32 on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the autoencoder runs; auto is the GPU, if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the autoencoder; auto is bf16 on a GPU and fp32 on the CPU."""
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 8), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
@@ -65,6 +68,8 @@ class EncodeConfig:
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop must be center or random, got {self.crop!r}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
         if self.mirror and self.autoencoder == "none":
             raise ValueError("mirror is for latents: pixels are mirrored when they are read")
 
@@ -135,7 +140,8 @@ class _Encoder:
         self.config, self.autoencoder, self.directory = config, autoencoder, directory
         settings = directory.settings
         if isinstance(autoencoder, LatentAutoencoder):
-            autoencoder.to(config.device, getattr(torch, settings["precision"]))
+            dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+            autoencoder.to(pick_device(config.device), dtype)
         self.pictures = Pictures(
             source=source,
             image_size=config.image_size,
@@ -224,9 +230,14 @@ def _settings(source: Source, config: EncodeConfig, autoencoder: Autoencoder) ->
         "class_names": list(source.class_names),
     }
     if has_moments:  # these change the last bits of the moments
-        precision = "float32" if config.device == "cpu" else "bfloat16"
-        settings |= {"precision": precision, "batch_size": config.batch_size}
+        settings |= {"precision": _precision(config), "batch_size": config.batch_size}
     return settings
+
+
+def _precision(config: EncodeConfig) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return "fp32" if pick_device(config.device).type == "cpu" else "bf16"
 
 
 def _shard_size(num_images: int, row_bytes: int) -> int:
