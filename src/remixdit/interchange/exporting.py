@@ -1,0 +1,236 @@
+"""The experts of a `RemixDiT` as plain networks, for other code to load.
+
+dit        one expert, under the published names
+experts    all experts likewise, and which timesteps each owns
+diffusers  one expert as a model directory of diffusers
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from remixdit.checkpoint import load_model
+from remixdit.dit import DiT
+from remixdit.interchange import files
+from remixdit.interchange.layout import official_state
+from remixdit.model import RemixConfig, RemixDiT
+
+__all__ = ["ExportConfig", "export_diffusers", "export_dit", "export_experts", "run_export"]
+
+FORMATS = ("dit", "diffusers", "experts")
+
+# diffusers' names of what is in every block, and ours
+BLOCK_NAMES = {
+    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "norm1.linear": "blocks.{}.adaLN_modulation.1",
+    "attn1.to_out.0": "blocks.{}.attn.proj",
+    "ff.net.0.proj": "blocks.{}.mlp.fc1",
+    "ff.net.2": "blocks.{}.mlp.fc2",
+}
+OUTER_NAMES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A model to export."""
+
+    checkpoint: str
+    """A model directory, a run, a checkpoint of one, or a model of the Hugging Face hub."""
+    output: Path
+    """The directory to write: new, or empty."""
+    format: str = "dit"
+    """dit: one expert under the published names; experts: all; diffusers: one, for diffusers."""
+    expert: int | None = None
+    """Which expert, in 0..N-1; not needed for N = 1 and for the format experts."""
+    ema: bool = True
+    """Take the averaged weights of a training checkpoint, not the last ones."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be exported."""
+        if self.format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+        if self.format == "experts" and self.expert is not None:
+            raise ValueError(f"expert must not be given for format experts, got {self.expert}")
+
+
+def run_export(config: ExportConfig) -> None:
+    """Export a model; the output directory is written whole or not at all."""
+    files.refuse_occupied(config.output)
+    model = load_model(config.checkpoint, ema=config.ema)
+    if config.format == "experts":
+        export_experts(model, config.output)
+    elif config.format == "diffusers":
+        export_diffusers(model, config.output, config.expert)
+    else:
+        export_dit(model, config.output, config.expert)
+
+
+def export_dit(model: RemixDiT, directory: str | Path, expert: int | None = None) -> Path:
+    """Write one expert under the published names, `pos_embed` included: `dit.safetensors`.
+
+    Args:
+        model: Any; the networks of flow matching have the names of SiT, but time the other way.
+        directory: New or empty.
+        expert: In [0, N); not needed for N = 1.
+
+    Returns:
+        The file. `import_checkpoint` reads it back.
+    """
+    index = chosen_expert(model, expert)
+    with files.new_directory(Path(directory)) as beside:
+        write_dit(model, index, beside / "dit.safetensors")
+    return Path(directory) / "dit.safetensors"
+
+
+def export_experts(model: RemixDiT, directory: str | Path) -> None:
+    """Write every expert under the published names, and `experts.json`: who owns which timesteps.
+
+    Args:
+        model: Any.
+        directory: New or empty.
+    """
+    bounds, names = (
+        model.intervals.boundaries,
+        [f"expert-{n:03d}" for n in range(model.num_experts)],
+    )
+    experts = [
+        {"file": f"{name}.safetensors", "begin": bounds[n], "end": bounds[n + 1]}
+        for n, name in enumerate(names)
+    ]
+    fields = ("prediction_type", "num_train_timesteps", "class_names", "autoencoder", "license")
+    settings = asdict(model.config)
+    index = {
+        "format_version": 1,
+        "experts": experts,  # expert n owns begin <= timestep < end
+        "network": settings["network"],
+        **{name: settings[name] for name in fields},
+    }
+    with files.new_directory(Path(directory)) as beside:
+        for number, name in enumerate(names):
+            write_dit(model, number, beside / f"{name}.safetensors")
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        (beside / "experts.json").write_text(text, "utf-8")
+
+
+def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None = None) -> None:
+    """Write one expert as a model directory of diffusers.
+
+    It loads with `remixdit.interchange.remixdit_transformer.RemixExpertTransformer`, or with
+    diffusers alone: `AutoModel.from_pretrained(directory, trust_remote_code=True)` runs the copy
+    of that file. diffusers' own `DiTTransformer2DModel` loads it too, but embeds timesteps in
+    another way than any DiT is trained with, so its output is only near.
+
+    Args:
+        model: With classes and an `mlp_ratio` of 4: diffusers has no other DiT.
+        directory: New or empty.
+        expert: In [0, N); not needed for N = 1.
+    """
+    from remixdit.interchange import remixdit_transformer
+
+    index, network = chosen_expert(model, expert), model.config.network
+    if network.num_classes == 0:
+        raise ValueError("num_classes must be at least 1 for diffusers, got 0")
+    if network.mlp_ratio != 4:
+        raise ValueError(f"mlp_ratio must be 4 for diffusers, got {network.mlp_ratio}")
+    plain = model.expert(index)
+    converted = remixdit_transformer.RemixExpertTransformer(**diffusers_config(plain))
+    converted.load_state_dict(diffusers_state(plain))
+    with files.new_directory(Path(directory)) as beside:
+        converted.save_pretrained(beside)
+        source = Path(remixdit_transformer.__file__)
+        shutil.copyfile(source, beside / source.name)
+        config = json.loads((beside / "config.json").read_text("utf-8"))
+        config["auto_map"] = {"AutoModel": f"{source.stem}.RemixExpertTransformer"}
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (beside / "README.md").write_text(diffusers_card(model.config, index), "utf-8")
+
+
+def chosen_expert(model: RemixDiT, expert: int | None) -> int:
+    """Return the index of the expert to export."""
+    if expert is None and model.num_experts == 1:
+        return 0
+    if expert is None or not 0 <= expert < model.num_experts:
+        raise ValueError(
+            f"expert must be in [0, {model.num_experts}) (--expert), "
+            f"got {'none' if expert is None else expert}"
+        )
+    return expert
+
+
+def write_dit(model: RemixDiT, expert: int, path: Path) -> None:
+    """Write one expert under the published names; the header keeps what shapes do not tell."""
+    state = official_state(model.expert(expert))
+    metadata = {
+        "format": "pt",
+        "num_heads": str(model.config.network.num_heads),
+        "license": model.config.license,
+        "expert": str(expert),
+        "boundaries": json.dumps(model.intervals.boundaries[expert : expert + 2]),
+        "prediction_type": model.config.prediction_type,
+    }
+    save_file({name: v.detach().cpu().contiguous() for name, v in state.items()}, path, metadata)
+
+
+def diffusers_config(network: DiT) -> dict[str, Any]:
+    """Return the arguments of diffusers' DiT."""
+    config = network.config
+    return {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "sample_size": config.input_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": config.num_classes,  # and one more row for the null label
+        "norm_eps": 1e-6,  # its default of 1e-5 is not DiT's
+    }
+
+
+def diffusers_state(network: DiT) -> dict[str, Tensor]:
+    """Return the weights under diffusers' names.
+
+    There each block embeds timestep and label anew, so each gets a copy of our one embedder.
+    """
+    ours = network.state_dict()
+    names = dict(OUTER_NAMES)
+    state: dict[str, Tensor] = {}
+    for block in range(network.config.depth):
+        theirs = f"transformer_blocks.{block}"
+        names |= {f"{theirs}.{name}": own.format(block) for name, own in BLOCK_NAMES.items()}
+        table = ours["y_embedder.embedding_table.weight"]
+        state[f"{theirs}.norm1.emb.class_embedder.embedding_table.weight"] = table
+        for kind in ("weight", "bias"):
+            thirds = ours[f"blocks.{block}.attn.qkv.{kind}"].chunk(3)
+            for letter, values in zip("qkv", thirds, strict=True):
+                state[f"{theirs}.attn1.to_{letter}.{kind}"] = values
+    for name, own in names.items():
+        state |= {f"{name}.{kind}": ours[f"{own}.{kind}"] for kind in ("weight", "bias")}
+    return state
+
+
+def diffusers_card(config: RemixConfig, expert: int) -> str:
+    """Return the README.md of an exported directory."""
+    assert config.boundaries is not None
+    begin, end = config.boundaries[expert : expert + 2]
+    license_line = f"license: other\nlicense_name: {config.license}\n" if config.license else ""
+    return (
+        f"---\nlibrary_name: diffusers\n{license_line}---\n\n"
+        f"# Expert {expert} of {config.num_experts}, for timesteps {begin} to {end}\n\n"
+        f"{config.prediction_type}; the null label is {config.network.num_classes}.\n\n"
+        "```python\nfrom diffusers import AutoModel\n\n"
+        'model = AutoModel.from_pretrained("this directory", trust_remote_code=True)\n```\n\n'
+        "The code that is trusted is `remixdit_transformer.py` in this directory: diffusers' class "
+        "with the timestep frequencies of the original DiT. `DiTTransformer2DModel` loads these "
+        "weights as well, but its frequencies differ, and so do its outputs.\n"
+    )

@@ -1,0 +1,127 @@
+"""Foreign weights read without running code, and directories written whole or not at all."""
+
+import argparse
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+__all__ = ["new_directory", "read_tensors", "refuse_occupied"]
+
+
+def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a state dict from a `.safetensors` file or from any file of `torch.save`.
+
+    Args:
+        path: The file.
+        ema: Of a training checkpoint, take the averaged weights where it has any.
+
+    Returns:
+        The tensors on the CPU, as they were saved, and the metadata of a `.safetensors` file.
+
+    Raises:
+        ValueError: the file is not there, holds something else, or reading it would run code.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint must be a file, got {path}")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return state_dict_in(read_pickle(path), path, ema), {}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a `.safetensors` file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint must be a safetensors file, got {path}: {error}") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """Return what a file of `torch.save` holds, if that is data and nothing else.
+
+    Published checkpoints keep the arguments of their training run in an `argparse.Namespace`.
+    That class is inert, and the only one allowed beyond tensors and plain containers.
+    """
+    try:
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(),
+        ):
+            # torch warns of pickle protocols; what it cannot read under them, it refuses.
+            warnings.simplefilter("ignore")
+            # Mapped, the optimizer's two thirds of a training checkpoint never enter memory. Files
+            # older than torch 1.6 are no zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except PermissionError as error:
+        raise ValueError(f"checkpoint must be readable, got {path}") from error
+    except Exception as error:  # a pickle that is cut or forged raises anything
+        raise ValueError(
+            f"checkpoint must hold tensors and nothing that runs code, got {path}: {reason(error)}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return why torch refused a file, in a few words."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found:
+        return f"it asks for {found[1]}"
+    return "it cannot be read, it may be cut short or of another kind"
+
+
+def state_dict_in(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
+    """Return the state dict in the content of a file: alone, or under ema, model or state_dict."""
+    for name in ("ema", "model", "state_dict") if ema else ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"checkpoint must hold a state dict, got a {type(content).__name__}")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            "checkpoint must hold a state dict, alone or under ema or model, got other things "
+            f"than tensors under {', '.join(others[:5])} in {path}"
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def refuse_occupied(directory: Path) -> None:
+    """Refuse to write where anything is: it could be a model that took days to train."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"output must be a new or an empty directory, got {directory}")
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Give a directory to write to that takes its place at the end, or vanishes on an error."""
+    refuse_occupied(directory)
+    directory = directory.resolve()
+    exists = directory.exists()
+    # An empty directory may be a mount point, which nothing can be renamed to.
+    beside = directory / ".partial" if exists else directory.with_name(f".{directory.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        if exists:
+            for path in beside.iterdir():
+                path.rename(directory / path.name)
+        else:
+            beside.rename(directory)
+    except OSError as error:
+        raise ValueError(
+            f"output must be a directory that can be written, got {directory}: {error.strerror}"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

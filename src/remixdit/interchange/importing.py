@@ -1,0 +1,163 @@
+"""Published checkpoints of DiT and Remix-DiT become a `RemixDiT`."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from remixdit.interchange.files import new_directory, read_tensors, refuse_occupied
+from remixdit.interchange.layout import (
+    LOGITS,
+    check_shapes,
+    infer_config,
+    mixed_in,
+    network_of,
+    without_prefix,
+)
+from remixdit.model import RemixConfig, RemixDiT
+
+__all__ = ["ImportConfig", "ImportOptions", "import_checkpoint", "run_import"]
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_LICENSE = "cc-by-nc-4.0"  # of the released weights of DiT and of Remix-DiT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What the file does not tell."""
+
+    num_heads: int | None = None
+    """Attention heads; known for the widths of S, B, L and XL, asked for otherwise."""
+    input_size: int | None = None
+    """Height and width of the latents; asked for where the file has no pos_embed."""
+    num_bases: int | None = None
+    """K that a plain DiT is remixed into; without it, it stays plain (K = N = 1)."""
+    num_experts: int | None = None
+    """N that a plain DiT is remixed into."""
+    class_names: tuple[str, ...] = ()
+    """One name a class."""
+    autoencoder: str = "none"
+    """Of the latents: none, an id on the Hugging Face hub, or a directory."""
+    license: str | None = None
+    """Of the weights; without it cc-by-nc-4.0, that of the released weights, with a warning."""
+    ema: bool = True
+    """Take the averaged weights of a training checkpoint, not the last ones."""
+
+    def __post_init__(self) -> None:
+        """Refuse half of a mixture."""
+        if (self.num_bases is None) != (self.num_experts is None):
+            raise ValueError(
+                "num_bases and num_experts must be given together, got "
+                f"{self.num_bases} and {self.num_experts}"
+            )
+        if self.license is not None and not self.license.strip():
+            raise ValueError(f"license must name a licence, got {self.license!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(ImportOptions):
+    """A checkpoint to import."""
+
+    source: Path
+    """A .pt or .safetensors file of a DiT or a Remix-DiT, under the published names."""
+    output: Path
+    """The model directory to write: new, or empty."""
+
+
+def run_import(config: ImportConfig) -> RemixDiT:
+    """Import a checkpoint and write the model directory, whole or not at all."""
+    refuse_occupied(config.output)
+    model = model_from_file(config.source, config)
+    with new_directory(config.output) as directory:
+        model.save_pretrained(directory)
+    return model
+
+
+def import_checkpoint(path: str | Path, **options: Any) -> RemixDiT:
+    """Return the model of a published checkpoint of DiT or Remix-DiT.
+
+    The configuration follows from the shapes. float16 and bfloat16 weights become float32.
+    Nothing in the file is run. The licence of the weights is kept in the configuration; it
+    defaults to that of the released weights, because nobody may be there to be asked, and the
+    stricter guess harms least.
+
+    Args:
+        path: A file of `torch.save` (a state dict, alone or under `ema` or `model`) or
+            `.safetensors`.
+        options: Fields of `ImportOptions`.
+
+    Raises:
+        ValueError: the file is not such a checkpoint, or an option is missing or contradicts it.
+    """
+    return model_from_file(Path(path), ImportOptions(**options))
+
+
+def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
+    """Return the model of a published checkpoint."""
+    state, metadata = read_tensors(path, options.ema)
+    state = without_prefix(state)
+    num_heads = options.num_heads
+    if num_heads is None and metadata.get("num_heads", "").isdigit():
+        num_heads = int(metadata["num_heads"])  # one of our own exports
+    network = infer_config(state, num_heads, options.input_size)
+    check_shapes(state, network)
+    num_bases, num_experts = counts_of(state, options)
+    config = RemixConfig(
+        network=network,
+        num_bases=num_bases,
+        num_experts=num_experts,
+        class_names=options.class_names,
+        autoencoder={"name": options.autoencoder},
+        license=license_of(options, metadata, path),
+    )
+    weights = {name: v.float() for name, v in state.items() if name != "pos_embed"}
+    if LOGITS in weights:
+        return mixture_of(weights, config)
+    return RemixDiT(config, network_of(weights, network)).eval()
+
+
+def counts_of(state: Mapping[str, Tensor], options: ImportOptions) -> tuple[int, int]:
+    """Return K and N: those of a Remix-DiT, those asked for of a plain DiT."""
+    if LOGITS not in state:
+        if options.num_bases is None or options.num_experts is None:
+            return 1, 1
+        return options.num_bases, options.num_experts
+    num_experts, num_bases = state[LOGITS].shape
+    asked = (options.num_bases, options.num_experts)
+    if asked not in ((None, None), (num_bases, num_experts)):
+        raise ValueError(
+            f"num_bases and num_experts must be those of the Remix-DiT, {num_bases} and "
+            f"{num_experts}, got {asked[0]} and {asked[1]}"
+        )
+    return num_bases, num_experts
+
+
+def mixture_of(weights: dict[str, Tensor], config: RemixConfig) -> RemixDiT:
+    """Return the model of a published Remix-DiT's weights."""
+    mixed = mixed_in(config.network)
+    state = {"logits": weights.pop(LOGITS)}
+    for name, values in weights.items():
+        state[f"{'bases' if name in mixed else 'shared'}.{name}"] = values
+    first = {name: v[0] if name in mixed else v for name, v in weights.items()}
+    model = RemixDiT(config, network_of(first, config.network))
+    model.mixture.load_state_dict(state)
+    return model.eval()
+
+
+def license_of(options: ImportOptions, metadata: Mapping[str, str], path: Path) -> str:
+    """Return the licence of the weights: as given, as the file says, or as released."""
+    if options.license is not None:
+        return options.license
+    if metadata.get("license"):
+        return metadata["license"]
+    logger.warning(
+        "The weights of %s are taken to be under %s, as the released weights of DiT and Remix-DiT "
+        "are; --license names another.",
+        path,
+        PUBLISHED_LICENSE,
+    )
+    return PUBLISHED_LICENSE
