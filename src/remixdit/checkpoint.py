@@ -14,17 +14,28 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remixdit.model import RemixConfig, RemixDiT
 from remixdit.optim import MixtureAdamW
 
-__all__ = ["find_model", "load_model", "newest_checkpoint", "restore", "save"]
+__all__ = [
+    "Found",
+    "damage_named",
+    "find_model",
+    "load_model",
+    "newest_checkpoint",
+    "restore",
+    "save",
+]
 
 
 @dataclass(frozen=True)
@@ -87,12 +98,22 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
     found = find_model(Path(path), ema)
     if found is None:
         return RemixDiT.from_pretrained(path, device)
-    if found.weights == "model.safetensors":
-        return RemixDiT.from_pretrained(found.directory, device)
-    config = json.loads((found.directory / "config.json").read_text("utf-8"))
-    model = RemixDiT(RemixConfig.from_json(config))
-    model.mixture.load_state_dict(load_file(found.directory / found.weights))
-    return model.to(device).eval()
+    with damage_named(found.directory):
+        if found.weights == "model.safetensors":
+            return RemixDiT.from_pretrained(found.directory, device)
+        config = json.loads((found.directory / "config.json").read_text("utf-8"))
+        model = RemixDiT(RemixConfig.from_json(config))
+        model.mixture.load_state_dict(load_file(found.directory / found.weights))
+        return model.to(device).eval()
+
+
+@contextmanager
+def damage_named(directory: Path) -> Iterator[None]:
+    """Name the directory of a model whose files are cut short or no JSON."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"model must have whole files, got {directory}: {error}") from error
 
 
 def find_model(path: Path, ema: bool = True) -> Found | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from remixdit.checkpoint import find_model
+from remixdit.checkpoint import Found, damage_named, find_model
 from remixdit.costs import forward_flops, training_flops
 from remixdit.model import RemixConfig, download
 
@@ -25,6 +25,12 @@ def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
     found = find_model(Path(path), ema) or find_model(download(str(path)), ema)
     if found is None:
         raise ValueError(f"model must hold a model.safetensors, got {path}")
+    with damage_named(found.directory):
+        return facts_of(found)
+
+
+def facts_of(found: Found) -> dict[str, Any]:
+    """Return what the files of a model say."""
     config = RemixConfig.from_json(json.loads((found.directory / "config.json").read_text("utf-8")))
     weights = found.directory / found.weights
     state_file = found.directory / "state.json"

@@ -46,6 +46,8 @@ def check_run(directory: Path, settings: Mapping[str, Any], may_change: set[str]
     elif directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {directory}")
     parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise ValueError(f"output_dir must be in a directory, got the file {parent}")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"output_dir must be writable, got {directory}")
 

@@ -3,18 +3,44 @@
 The data decide the size, channels and classes of the network.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from remixdit import checkpoint
-from remixdit.data import ShardDataset
+from remixdit.autoencoder import Pixels
+from remixdit.data import ShardDataset, is_shard_dir, open_source
 from remixdit.dit import DiT, DiTConfig
 from remixdit.intervals import Intervals, LogitNormal
 from remixdit.model import RemixConfig, RemixDiT, noise_process
 from remixdit.objectives import Diffusion, Flow
+from remixdit.run import DATA_DIR
 from remixdit.seeds import generator_for
 from remixdit.train_config import TrainConfig
 
-__all__ = ["starting_model", "training_strata"]
+__all__ = ["Outline", "outline_of", "starting_model", "training_strata"]
+
+
+class Outline(NamedTuple):
+    """What a model needs to know of the data; known before they are encoded."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of a latent."""
+    class_names: tuple[str, ...]
+    """One a class; none for data without labels."""
+    autoencoder: Mapping[str, Any]
+    """Between latents and pixels."""
+
+
+def outline_of(config: TrainConfig) -> Outline:
+    """Look at the data of a run, without writing anything."""
+    for directory in (Path(config.data), config.output_dir / DATA_DIR):
+        if is_shard_dir(directory):
+            shards = ShardDataset(directory)
+            return Outline(shards.shape, shards.class_names, shards.autoencoder)
+    source, size = open_source(config.data), config.image_size or config.network.input_size
+    return Outline((source.channels, size, size), source.class_names, Pixels.spec)
 
 
 def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
@@ -30,10 +56,10 @@ def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
     return intervals
 
 
-def starting_model(config: TrainConfig, dataset: ShardDataset) -> RemixDiT:
+def starting_model(config: TrainConfig, data: Outline) -> RemixDiT:
     """Return the model that a run starts with: new, remixed from a plain DiT, or given."""
     given = checkpoint.load_model(config.init_from) if config.init_from else None
-    target = target_config(config, dataset, given)
+    target = target_config(config, data, given)
     if given is not None and given.num_experts > 1:
         refuse_other_mixture(given.config, target)
         return given
@@ -47,17 +73,15 @@ def starting_model(config: TrainConfig, dataset: ShardDataset) -> RemixDiT:
     return model
 
 
-def target_config(
-    config: TrainConfig, dataset: ShardDataset, given: RemixDiT | None
-) -> RemixConfig:
+def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) -> RemixConfig:
     """Return the configuration of the model to train."""
-    channels, height, _ = dataset.shape
+    channels, height, _ = data.shape
     objective, mixture = config.objective, config.mixture
     network = replace(
         given.config.network if given else config.network,
         input_size=height,
         in_channels=channels,
-        num_classes=dataset.num_classes,
+        num_classes=len(data.class_names),
     )
     if given and given.config.prediction_type != objective.prediction_type:
         raise ValueError(
@@ -74,8 +98,8 @@ def target_config(
         coefficients=mixture.coefficients,
         per_block=mixture.per_block,
         prediction_type=objective.prediction_type,
-        class_names=dataset.class_names,
-        autoencoder=dataset.autoencoder,
+        class_names=data.class_names,
+        autoencoder=data.autoencoder,
         license=given.config.license if given else "",
     )
     if mixture.intervals == "uniform":
@@ -115,8 +139,13 @@ def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:
 
 def refuse_other_mixture(given: RemixConfig, target: RemixConfig) -> None:
     """Refuse to train a mixture under settings that are not its own."""
-    names = ("network", "num_bases", "num_experts", "mixed", "coefficients", "per_block")
-    for name in (*names, "boundaries", "prediction_type"):
-        mine, asked = getattr(given, name), getattr(target, name)
-        if mine != asked:
-            raise ValueError(f"{name} must be that of init_from, {mine}, got {asked}")
+    names = ("num_bases", "num_experts", "mixed", "coefficients", "per_block")
+    pairs = {
+        name: (getattr(given, name), getattr(target, name))
+        for name in (*names, "boundaries", "prediction_type")
+    }
+    asked_network = asdict(target.network)
+    pairs |= {name: (own, asked_network[name]) for name, own in asdict(given.network).items()}
+    for name, (own, asked) in pairs.items():
+        if own != asked:
+            raise ValueError(f"{name} must be that of init_from, {own}, got {asked}")

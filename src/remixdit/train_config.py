@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from remixdit.dit import DiTConfig
+from remixdit.mixing import COEFFICIENT_KINDS, check_counts
 from remixdit.optim import OptimizerConfig
 
 __all__ = [
@@ -57,6 +58,12 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_counts(self.num_bases, self.num_experts)
+        if self.coefficients not in COEFFICIENT_KINDS:
+            raise ValueError(
+                f"coefficients must be one of {', '.join(COEFFICIENT_KINDS)}, "
+                f"got {self.coefficients!r}"
+            )
         if self.intervals not in ("uniform", "log_snr"):
             raise ValueError(f"intervals must be uniform or log_snr, got {self.intervals!r}")
         if self.prior_schedule not in ("linear", "constant"):
