@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -23,6 +24,8 @@ COMMANDS = {
     "train": ("train", "train or fine-tune; the same command again resumes"),
     "sample": ("sample", "draw images: a grid, an npz or files"),
     "plot": ("plot", "figures of a run: losses, coefficients, gradients"),
+    "import": ("importing", "a published DiT or Remix-DiT checkpoint -> a model directory"),
+    "export": ("exporting", "a model -> plain DiTs, or diffusers"),
     "info": ("info", "sizes, intervals, coefficients and cost of a model"),
 }
 
@@ -39,7 +42,9 @@ remixdit --version         says which version this is
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     args = sys.argv[1:] if args is None else list(args)
-    logging.basicConfig(format="remixdit: %(levelname)s: %(message)s", level=logging.WARNING)
+    log_to_stderr()
+    # It deprecates what diffusers does, which is not news for the user.
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     try:
         return run(args)
     except KeyboardInterrupt as interrupt:
@@ -76,6 +81,13 @@ def run(args: Sequence[str]) -> int:
     except SystemExit as end:  # after --help
         return int(end.code or 0)
     return 0
+
+
+def log_to_stderr() -> None:
+    """Show the library's warnings, a line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("remixdit: %(message)s"))
+    logging.getLogger("remixdit").handlers = [handler]
 
 
 def failed(error: Exception, code: int) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import tyro
@@ -39,15 +40,13 @@ def parse(
                 kind,
                 prog=f"remixdit {command}",
                 args=list(args),
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
                 **given,
             )
     except SystemExit as end:
         if not end.code:
             raise
-        raise ValueError(
-            f"{one_line(printed.getvalue())} (remixdit {command} --help says more)"
-        ) from None
+        raise ValueError(one_line(printed.getvalue(), command)) from None
 
 
 def base_config(arguments: object, kind: type[Config]) -> Config:
@@ -68,13 +67,27 @@ def wide_terminal() -> Any:
             os.environ["COLUMNS"] = before
 
 
-def one_line(box: str) -> str:
-    """Return the error inside of tyro's box, up to its first rule."""
-    inside = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(inside) if line.startswith("──")), len(inside))
-    lines = inside[:rule]
-    if lines and lines[0].startswith("Missing from"):
-        return "required: " + ", ".join(line for line in lines if line.startswith("--"))
-    meant = [line.split()[0] for line in inside[rule:] if line.startswith("--")]
-    text = re.sub(r"^Error parsing (?!-)\S+: ", "", " ".join(lines))
-    return f"{text}; perhaps {meant[0]}" if "Unrecognized" in text and meant else text
+def one_line(box: str, command: str) -> str:
+    """Return the error inside of tyro's box: a title, the error and hints between rules."""
+    sections: list[list[str]] = [[]]
+    for line in (line.strip("│").rstrip() for line in box.splitlines()):
+        if set(line.strip()) <= {"-", "─"} or line.startswith(("╭", "╰")):
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    error, hints = ([part for part in sections[1:] if part] + [[], []])[:2]
+    more = f" (remixdit {command} --help says more)"
+    if error and "Missing from" in error[0]:  # then flags, and further to the right their help
+        flags = [line.strip() for line in error if indent(line) == indent(error[1])]
+        return f"required: {', '.join(flags)}{more}"
+    text = " ".join(line.strip() for line in error)
+    if not text.startswith("Unrecognized"):
+        return re.sub(r"^Error parsing (?:(?!-)\S+: )?", "", text)
+    flags = [line.split()[0] for line in hints if line.strip().startswith("--")]
+    meant = get_close_matches(text.split(": ")[1].split(",")[0], flags, 1)
+    return f"{text}; perhaps {meant[0]}" if meant else f"{text}{more}"
+
+
+def indent(line: str) -> int:
+    """Return how many spaces a line begins with."""
+    return len(line) - len(line.lstrip())

@@ -35,7 +35,7 @@ def run(args: Sequence[str]) -> None:
     config = replace(base_config(arguments, EncodeConfig), device=str(device))
     source = open_source(arguments.source, arguments.split)
     ranks = distributed.start(device)
-    skipped = 0
+    skipped = total = 0
     try:
         with Bar("encode", len(source), "images") as bar:
             for done, total, skipped in encode(
@@ -51,4 +51,4 @@ def run(args: Sequence[str]) -> None:
     finally:
         distributed.stop()
     if skipped:
-        say(f"{skipped} images could not be read; {arguments.output}/index.json names them")
+        say(f"{skipped} of {total} images were skipped: {arguments.output}/index.json says why")
