@@ -80,7 +80,7 @@ class Mixture:
         if per_block:
             table = table.expand(num_tables, -1, -1).clone()
         self.logits = nn.Parameter(table.to(masters), requires_grad=coefficients != "one_hot")
-        self.experts_per_step = 1
+        self._folded = False  # gradients of bases are accumulated, not plain ones
         self._changes = 0
         self._active: tuple[int, ...] | None = None  # what the network holds now
         self._precomputed: dict[int, Tensor] = {}  # segment: (N, P)
@@ -216,24 +216,40 @@ class Mixture:
             experts_per_step: M.
             rounds: Backward passes that each expert gets; their sum is kept in float32.
         """
+        folded = experts_per_step > self.num_bases
+        self._begin(experts_per_step, rounds, rounds * experts_per_step, folded)
+
+    def begin_stacked_step(self, experts: Sequence[int]) -> None:
+        """Make ready for the gradients of several experts that run in one pass.
+
+        M plain gradients are kept, whatever K is, and are complete after one backward pass.
+        """
+        self._begin(len(experts), 1, 1, folded=False)
+        for expert in experts:
+            self._begin_row(expert)
+
+    def _begin(self, experts_per_step: int, rounds: int, passes: int, folded: bool) -> None:
+        """Allocate what gradients need; shared parameters get one from each of `passes`."""
         for segment in self.segments:
-            rows, backwards = 1, rounds * experts_per_step
-            if segment.is_mixed:
-                rows, backwards = min(experts_per_step, segment.num_bases), rounds
-            master = segment.weights.dtype == segment.bases.dtype
-            folded = segment.is_mixed and experts_per_step > segment.num_bases
-            segment.prepare_grads(rows, direct=(master or backwards == 1) and not folded)
+            rows, backwards = (experts_per_step, rounds) if segment.is_mixed else (1, passes)
+            folds = segment.is_mixed and folded
+            # Sums of several backward passes are kept in float32.
+            exact = backwards == 1 or segment.weights.dtype == segment.bases.dtype
+            segment.prepare_grads(self.num_bases if folds else rows, exact and not folds)
             assert segment.grads is not None
             segment.grads.zero_()
-        self.experts_per_step = experts_per_step
+        self._folded = folded
         self._collected, self._rows = [], []
+
+    def _begin_row(self, expert: int) -> None:
+        self._rows.append(self.coefficients(expert).detach())
+        self._collected.append((expert, torch.zeros_like(self._rows[-1])))
 
     def begin_expert(self, expert: int) -> None:
         """Activate the next expert of the step and let its gradients be written."""
         self.activate(expert)
         row = len(self._rows)
-        self._rows.append(self.coefficients(expert).detach())
-        self._collected.append((expert, torch.zeros_like(self._rows[-1])))
+        self._begin_row(expert)
         for segment in self.segments:
             segment.point_grads(row if segment.is_mixed and segment.scratch is None else 0)
 
@@ -248,7 +264,7 @@ class Mixture:
             grad = segment.scratch.to(segment.bases.dtype)
             if not segment.is_mixed:
                 segment.grads[0] += grad
-            elif self.experts_per_step > segment.num_bases:
+            elif self._folded:
                 dots[segment.table or 0] += segment.bases @ grad
                 segment.grads.addr_(coefficients[segment.table or 0], grad)
             else:
@@ -260,12 +276,11 @@ class Mixture:
 
         With several processes they are summed like the gradients themselves; otherwise empty.
         """
-        folded = any(s.is_mixed and self.experts_per_step > s.num_bases for s in self.segments)
-        return [dots for _, dots in self._collected] if folded else []
+        return [dots for _, dots in self._collected] if self._folded else []
 
     def basis_weights(self, segment: Segment) -> Tensor:
         """Return (R, K): the gradient of basis k is sum_r basis_weights[r, k] * grads[r]."""
-        if not segment.is_mixed or self.experts_per_step > segment.num_bases:
+        if not segment.is_mixed or self._folded:
             return torch.eye(segment.num_bases, device=self.device, dtype=segment.bases.dtype)
         return torch.stack([row[segment.table or 0] for row in self._rows])
 
@@ -274,7 +289,7 @@ class Mixture:
         """Return the (expert, (L, K) gradient of its coefficients) of this step's experts."""
         totals = [(expert, dots.clone()) for expert, dots in self._collected]
         for segment in self.segments:
-            if not segment.is_mixed or self.experts_per_step > segment.num_bases:
+            if not segment.is_mixed or self._folded:
                 continue
             assert segment.grads is not None
             products = segment.grads.to(segment.bases.dtype) @ segment.bases.t()  # (M, K)

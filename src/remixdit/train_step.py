@@ -8,7 +8,6 @@ Shapes: B = batch_size over all processes, M experts of a step, C H W latents, N
 """
 
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +19,17 @@ from remixdit.intervals import Intervals
 from remixdit.model import RemixDiT
 from remixdit.optim import StepStats
 from remixdit.seeds import generator_for
+from remixdit.stacking import ExpertStack
 from remixdit.train_config import TrainConfig
 
-__all__ = ["StepPlan", "Window", "plan_step", "train_step"]
+__all__ = ["Inputs", "StepPlan", "Window", "plan_step", "step_inputs", "train_step"]
 
 
 class StepPlan(NamedTuple):
     """What a step does with each image, for the batch of all processes."""
 
+    step: int
+    """In [0, steps)."""
     strata: tuple[int, ...]
     """(M,) intervals of this step."""
     groups: Tensor
@@ -60,7 +62,7 @@ def plan_step(intervals: Intervals, count: int, batch_size: int, seed: int, step
     for group, values in enumerate(drawn):
         timesteps[groups == group] = values
     weights = (torch.tensor(draw.weights, dtype=torch.float64) / sizes)[groups].float()
-    return StepPlan(draw.experts, groups, timesteps, weights)
+    return StepPlan(step, draw.experts, groups, timesteps, weights)
 
 
 class Window:
@@ -72,9 +74,9 @@ class Window:
         self.steps = 0
         self.started = time.perf_counter()
 
-    def add_losses(self, strata: Tensor, total: Tensor, mse: Tensor) -> None:
-        """Add the losses (B,) of images of the intervals `strata` (B,)."""
-        rows = torch.stack([total, mse, torch.ones_like(mse)]).detach()
+    def add_losses(self, strata: Tensor, total: Tensor, mse: Tensor, real: Tensor) -> None:
+        """Add the losses (B,) of images of the intervals `strata` (B,), where `real` is 1."""
+        rows = torch.stack([total * real, mse * real, real]).detach()
         self.losses.index_add_(1, strata, rows.float())
 
     def add_stats(self, stats: StepStats) -> None:
@@ -104,45 +106,118 @@ class Window:
         }
 
 
+class Inputs(NamedTuple):
+    """One process's share of a step, on its device; b images."""
+
+    latents: Tensor
+    """(b, C, H, W) clean."""
+    noise: Tensor
+    """(b, C, H, W)."""
+    timesteps: Tensor
+    """(b,)."""
+    class_labels: Tensor
+    """(b,) some dropped."""
+    weights: Tensor
+    """(b,) in the loss."""
+    strata: Tensor
+    """(b,) the interval of each timestep."""
+    first: int
+    """Place of the first image in the batch of all processes; the others follow."""
+
+    def rows(self, index: Tensor) -> "Inputs":
+        """Return some of the images."""
+        return Inputs(*(values[index] for values in self[:-1]), first=self.first)
+
+
+def step_inputs(model: RemixDiT, batch: Batch, plan: StepPlan, config: TrainConfig) -> Inputs:
+    """Draw what a step needs beside the images, and bring it to the device."""
+    here, device = batch.positions, model.device
+    strata = torch.tensor(plan.strata)[plan.groups]
+    host = (
+        batch.latents,
+        step_noise(batch.latents, here, config, plan.step),
+        plan.timesteps[here],
+        dropped_labels(batch, model.config.network.num_classes, config, plan.step),
+        plan.weights[here],
+        strata[here],
+    )
+    tensors = (values.to(device, non_blocking=True) for values in host)
+    return Inputs(*tensors, first=int(here[0]))
+
+
 def train_step(
     model: RemixDiT,
-    batch: Batch,
+    inputs: Inputs,
     plan: StepPlan,
-    config: TrainConfig,
-    step: int,
     window: Window,
+    stack: ExpertStack | None = None,
+    micro_batch_size: int = 0,
 ) -> None:
-    """Run and back-propagate one process's share of a step, expert by expert."""
-    mixture, device = model.mixture, model.device
-    noise = step_noise(batch.latents, batch.positions, config, step).to(device, non_blocking=True)
-    latents = batch.latents.to(device, non_blocking=True)
-    labels = dropped_labels(batch, model.config.network.num_classes, config, step).to(device)
-    here = StepPlan(plan.strata, *(values[batch.positions].to(device) for values in plan[1:]))
-    groups = list(expert_groups(model, plan.strata))
-    rows_of = [torch.isin(here.groups, torch.tensor(g, device=device)) for _, g in groups]
-    micro = config.micro_batch_size or len(latents)
-    rounds = -(-len(latents) // min(micro, len(latents)))
+    """Run and back-propagate one process's share of a step; the mixture takes in the gradients.
+
+    Args:
+        model: Its mixture.
+        inputs: b images.
+        plan: Of the step.
+        window: Takes in the losses.
+        stack: Runs all experts in one pass; without it they take turns.
+        micro_batch_size: Images run at once, without a stack; 0 for all.
+    """
     model.network.train()
-    mixture.begin_step(len(groups), rounds)
-    strata = torch.tensor(plan.strata, device=device)[here.groups]
-    for (expert, _), rows in zip(groups, rows_of, strict=True):
-        mixture.begin_expert(expert)
-        for part in torch.split(rows.nonzero()[:, 0], micro):
-            timesteps = here.timesteps[part]
-            noisy = model.process.add_noise(latents[part], noise[part], timesteps)
-            output = model.network(noisy, model.process.network_timesteps(timesteps), labels[part])
-            loss = model.process.loss(output, latents[part], noise[part], timesteps)
-            torch.autograd.backward((loss.total * here.weights[part]).sum())
-            mixture.collect()
-            window.add_losses(strata[part], loss.total, loss.mse)
+    experts = (0,) if model.num_experts == 1 else plan.strata
+    if stack is not None:
+        stacked_pass(model, inputs, experts, window, stack)
+        return
+    size = len(inputs.latents)
+    micro = micro_batch_size or size
+    model.mixture.begin_step(len(experts), -(-size // micro))
+    for group, expert in enumerate(experts):
+        model.mixture.begin_expert(expert)
+        places = group_rows(group, len(experts), inputs)
+        for part in torch.split(places, micro) if len(places) else ():
+            own = inputs.rows(part)
+            timesteps = model.process.network_timesteps(own.timesteps)
+            noisy = model.process.add_noise(own.latents, own.noise, own.timesteps)
+            output = model.network(noisy, timesteps, own.class_labels)
+            back_propagate(model, output, own, window)
+            model.mixture.collect()
 
 
-def expert_groups(model: RemixDiT, strata: tuple[int, ...]) -> Iterator[tuple[int, list[int]]]:
-    """Yield each expert of a step with the groups of images that are its own."""
-    if model.num_experts == 1:
-        yield 0, list(range(len(strata)))
-    else:
-        yield from ((expert, [group]) for group, expert in enumerate(strata))
+def stacked_pass(
+    model: RemixDiT,
+    inputs: Inputs,
+    experts: tuple[int, ...],
+    window: Window,
+    stack: ExpertStack,
+) -> None:
+    """Run all experts of a step at once, each on its own rows of the batch."""
+    groups = [group_rows(group, len(experts), inputs) for group in range(len(experts))]
+    count = max(map(len, groups))
+    # Where groups differ by one image, the shorter repeat one of weight 0.
+    padded = [torch.cat([rows, rows.new_zeros(count - len(rows))]) for rows in groups]
+    places = torch.stack(padded)  # (M, c)
+    own = inputs.rows(places.flatten())  # (M * c,)
+    for group, rows in enumerate(groups):
+        own.weights.view(places.shape)[group, len(rows) :] = 0
+    timesteps = model.process.network_timesteps(own.timesteps)
+    noisy = model.process.add_noise(own.latents, own.noise, own.timesteps)
+    stack.begin_step(experts)
+    apart = (values.unflatten(0, places.shape) for values in (noisy, timesteps, own.class_labels))
+    output = stack(*apart).flatten(0, 1)
+    back_propagate(model, output, own, window)
+
+
+def group_rows(group: int, num_groups: int, inputs: Inputs) -> Tensor:
+    """Return which of a process's images belong to a group: those at i mod M = group."""
+    start, device = (group - inputs.first) % num_groups, inputs.latents.device
+    return torch.arange(start, max(start, len(inputs.latents)), num_groups, device=device)
+
+
+def back_propagate(model: RemixDiT, output: Tensor, own: Inputs, window: Window) -> None:
+    """Weigh the losses of some images, add them to the window and go back."""
+    loss = model.process.loss(output, own.latents, own.noise, own.timesteps)
+    torch.autograd.backward((loss.total * own.weights).sum())
+    window.add_losses(own.strata, loss.total, loss.mse, (own.weights > 0).float())
 
 
 def step_noise(latents: Tensor, positions: Tensor, config: TrainConfig, step: int) -> Tensor:

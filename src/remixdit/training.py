@@ -16,6 +16,7 @@ A run is a directory:
 Shapes: C H W latents.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,14 +27,18 @@ from remixdit import checkpoint, distributed
 from remixdit.autoencoder import load_autoencoder
 from remixdit.data import Batch, EncodeConfig, Loader, ShardDataset, prepare
 from remixdit.distributed import Ranks
+from remixdit.model import RemixDiT
 from remixdit.optim import MixtureAdamW
 from remixdit.run import DATA_DIR, Board, append_metrics, check_run, claim_run, cut_metrics
 from remixdit.sampling import SamplingConfig, sample
-from remixdit.start import starting_model, training_strata
+from remixdit.stacking import ExpertStack, stacks
+from remixdit.start import outline_of, starting_model, training_strata
 from remixdit.train_config import MAY_CHANGE, PRECISIONS, TrainConfig
-from remixdit.train_step import StepPlan, Window, plan_step, train_step
+from remixdit.train_step import StepPlan, Window, plan_step, step_inputs, train_step
 
 __all__ = ["Progress", "Training", "train"]
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
@@ -51,10 +56,12 @@ class Progress(NamedTuple):
 class Training:
     """A run in progress: the model, its optimizer and the data."""
 
-    def __init__(self, config: TrainConfig, dataset: ShardDataset, ranks: Ranks) -> None:
+    def __init__(
+        self, config: TrainConfig, model: RemixDiT, dataset: ShardDataset, ranks: Ranks
+    ) -> None:
         self.config, self.ranks = config, ranks
         self.device = distributed.pick_device(config.device)
-        self.model = starting_model(config, dataset).to(self.device)
+        self.model = model.to(self.device)
         self.optimizer = MixtureAdamW(self.model.mixture, config.optimizer)
         self.model.mixture.cast_network(PRECISIONS[config.precision])
         self.strata = training_strata(self.model, config)
@@ -66,6 +73,11 @@ class Training:
             rank=ranks.rank,
             num_ranks=ranks.num_ranks,
         )
+        self.stack: ExpertStack | None = None
+        experts = config.strata_per_step if self.model.num_experts > 1 else 1
+        # Micro-batches are asked for to save memory, and a stack takes more.
+        if not config.micro_batch_size and stacks(self.model.mixture, experts):
+            self.stack = ExpertStack(self.model.mixture, experts)
         self.step = 0
         self.window = self._new_window()
 
@@ -82,7 +94,8 @@ class Training:
             self.strata, config.strata_per_step, config.batch_size, config.seed, self.step
         )
         mixture = self.model.mixture
-        train_step(self.model, batch, plan, config, self.step, self.window)
+        inputs = step_inputs(self.model, batch, plan, config)
+        train_step(self.model, inputs, plan, self.window, self.stack, config.micro_batch_size)
         grads = [segment.grads for segment in mixture.segments if segment.grads is not None]
         distributed.all_reduce([*grads, *mixture.folded_dots()])
         strength = config.mixture.prior_at(self.step, config.steps)
@@ -134,10 +147,11 @@ def train(config: TrainConfig) -> Iterator[Progress]:
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
     check_run(config.output_dir, config.to_json(), {*MAY_CHANGE, "data_digest"})
+    model = starting_model(config, outline_of(config))
     dataset = open_dataset(config, ranks)
     settings = {**config.to_json(), "data_digest": dataset.digest}
     check_run(config.output_dir, settings, MAY_CHANGE)
-    training = Training(config, dataset, ranks)
+    training = Training(config, model, dataset, ranks)
     if ranks.is_first:
         claim_run(config.output_dir, settings)
     distributed.barrier()
@@ -169,7 +183,15 @@ def open_dataset(config: TrainConfig, ranks: Ranks) -> ShardDataset:
     encode = EncodeConfig(image_size=size, seed=config.seed)
     cache = config.output_dir / DATA_DIR
     if ranks.is_first:
-        prepare(config.data, cache, encode)
+        skipped = prepare(config.data, cache, encode).index["skipped"]
+        if skipped:
+            logger.warning(
+                "%d images of %s are left out, such as %s: %s",
+                len(skipped),
+                config.data,
+                skipped[0]["image"],
+                skipped[0]["reason"],
+            )
     distributed.barrier()
     return prepare(config.data, cache, encode)
 

@@ -1,0 +1,137 @@
+"""One step: its plan, its gradients, and that nothing about how it is run changes them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from remixdit.data import Batch
+from remixdit.intervals import Intervals
+from remixdit.model import RemixDiT
+from remixdit.optim import MixtureAdamW, OptimizerConfig
+from remixdit.stacking import ExpertStack
+from remixdit.start import training_strata
+from remixdit.train_config import MixtureConfig, ObjectiveConfig, TrainConfig
+from remixdit.train_step import Window, plan_step, step_inputs, train_step
+from tests.conftest import tiny_dit
+
+
+def config_for(batch_size: int = 12, **fields: object) -> TrainConfig:
+    mixture = MixtureConfig(num_bases=2, num_experts=5, **fields)
+    return TrainConfig(data="", output_dir=Path(), batch_size=batch_size, mixture=mixture)
+
+
+def tiny_model(mixed: str = "attention+mlp") -> RemixDiT:
+    model = RemixDiT.from_dit(tiny_dit(), 2, 5, mixed=mixed)
+    model.mixture.perturb(0.5, torch.Generator().manual_seed(0))
+    return model
+
+
+def images(batch_size: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch_size, 1, 8, 8, generator=generator)
+    return Batch(latents, torch.arange(batch_size) % 3, torch.arange(batch_size))
+
+
+def share(batch: Batch, rank: int, num_ranks: int) -> Batch:
+    rows = batch.positions.chunk(num_ranks)[rank]
+    return Batch(batch.latents[rows], batch.class_labels[rows], rows)
+
+
+def step_grads(model, batch, config, *, stacked=False, micro_batch_size=0, ranks=1):
+    """Return what all processes together would hand to the optimizer."""
+    strata = training_strata(model, config)
+    plan = plan_step(strata, config.strata_per_step, config.batch_size, 0, 3)
+    window = Window(strata.num_experts, torch.device("cpu"))
+    stack = ExpertStack(model.mixture, config.strata_per_step) if stacked else None
+    sums: list[torch.Tensor] = []
+    for rank in range(ranks):
+        inputs = step_inputs(model, share(batch, rank, ranks), plan, config)
+        train_step(model, inputs, plan, window, stack, micro_batch_size)
+        grads = []
+        for segment in model.mixture.segments:
+            grads.append(model.mixture.basis_weights(segment).t() @ segment.grads)
+        grads += [dots for _, dots in model.mixture.coefficient_grads()]
+        sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else grads
+    return sums, window
+
+
+@pytest.mark.parametrize("experts_per_step", [1, 2, 3, 5])
+@pytest.mark.parametrize("mixed", ["attention+mlp", "all"])
+@pytest.mark.parametrize(
+    "way", [{"stacked": True}, {"micro_batch_size": 2}, {"ranks": 2}, {"ranks": 3, "stacked": True}]
+)
+def test_the_way_a_step_is_run_does_not_change_its_gradients(experts_per_step, mixed, way):
+    if experts_per_step == 1 and way.get("stacked"):
+        pytest.skip("one expert needs no stack")
+    config = config_for(experts_per_step=experts_per_step)
+    expected, whole = step_grads(tiny_model(mixed), images(12), config)
+    found, window = step_grads(tiny_model(mixed), images(12), config, **way)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(window.losses, whole.losses, rtol=1e-4, atol=1e-5)
+    assert whole.losses[2].sum() == 12
+
+
+def test_a_stacked_bfloat16_step_is_near_the_float32_one():
+    config = config_for()
+    expected, _ = step_grads(tiny_model(), images(12), config)
+    model = tiny_model()
+    model.mixture.cast_network(torch.bfloat16)
+    window = Window(5, torch.device("cpu"))
+    plan = plan_step(model.intervals, 5, 12, 0, 3)
+    inputs = step_inputs(model, images(12), plan, config)
+    train_step(model, inputs, plan, window, ExpertStack(model.mixture, 5))
+    for segment, theirs in zip(model.mixture.segments, expected, strict=False):
+        ours = model.mixture.basis_weights(segment).t() @ segment.grads.float()
+        assert (ours - theirs).norm() < 5e-2 * theirs.norm()
+
+
+def test_every_image_belongs_to_one_of_the_steps_intervals():
+    intervals = Intervals.uniform(7)
+    for step in range(20):
+        plan = plan_step(intervals, 3, 11, 0, step)
+        owners = intervals.expert_at(plan.timesteps)
+        assert owners.tolist() == [plan.strata[i % 3] for i in range(11)]
+        assert plan.weights.sum().item() == pytest.approx(1, rel=0.01)
+
+
+def test_a_plan_depends_on_seed_and_step_alone():
+    intervals = Intervals.uniform(7)
+    torch.manual_seed(0)
+    first = plan_step(intervals, 3, 11, 0, 5)
+    torch.manual_seed(1)
+    again = plan_step(intervals, 3, 11, 0, 5)
+    assert first.strata == again.strata
+    assert torch.equal(first.timesteps, again.timesteps)
+    other = plan_step(intervals, 3, 11, 0, 6)
+    assert not torch.equal(first.timesteps, other.timesteps)
+
+
+def test_a_plain_dit_can_spread_its_batch_over_intervals():
+    """The honest baseline: one network, timesteps stratified as the mixture's are."""
+    config = TrainConfig(
+        data="",
+        output_dir=Path(),
+        batch_size=16,
+        mixture=MixtureConfig(num_bases=1, num_experts=1),
+        objective=ObjectiveConfig(timestep_strata=8),
+    )
+    model = RemixDiT.from_dit(tiny_dit(), 1, 1)
+    strata = training_strata(model, config)
+    plan = plan_step(strata, config.strata_per_step, 16, 0, 0)
+    assert plan.strata == tuple(range(8))
+    assert strata.expert_at(plan.timesteps).bincount().tolist() == [2] * 8
+    window = Window(8, torch.device("cpu"))
+    train_step(model, step_inputs(model, images(16), plan, config), plan, window)
+    assert window.losses[2].tolist() == [2] * 8
+    MixtureAdamW(model.mixture, OptimizerConfig()).step(0, 1)
+
+
+def test_labels_are_dropped_at_the_asked_rate_and_by_seed():
+    model = tiny_model()
+    config = config_for(batch_size=3000)
+    plan = plan_step(model.intervals, 5, 3000, 0, 0)
+    first, again = (step_inputs(model, images(3000), plan, config).class_labels for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first == 3).float().mean().item() == pytest.approx(0.1, abs=0.02)
