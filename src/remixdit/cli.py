@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 # name: (module of remixdit.commands, what it does)
 COMMANDS = {
+    "quickstart": ("quickstart", "the main job on real digits, on a CPU in minutes, with a report"),
     "encode": ("encode", "images -> shards of pixels or latents; resumable"),
     "data": ("data", "check DIR: verify shards, show a contact sheet and the classes"),
     "train": ("train", "train or fine-tune; the same command again resumes"),

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ def parse(
     printed = io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(printed), wide_terminal():
+        with contextlib.redirect_stderr(printed), wide_errors(args):
             return tyro.cli(
                 kind,
                 prog=f"remixdit {command}",
@@ -55,8 +55,11 @@ def base_config(arguments: object, kind: type[Config]) -> Config:
 
 
 @contextlib.contextmanager
-def wide_terminal() -> Any:
-    """Let tyro write each error on one line."""
+def wide_errors(args: Sequence[str]) -> Iterator[None]:
+    """Let tyro write each error on one line, but help as wide as the terminal is."""
+    if {"-h", "--help"} & set(args):
+        yield
+        return
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
     try:

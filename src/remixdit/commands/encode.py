@@ -45,7 +45,7 @@ def run(args: Sequence[str]) -> None:
                 rank=ranks.rank,
                 num_ranks=ranks.num_ranks,
             ):
-                bar.update(done, *([f"{skipped} skipped"] if skipped else []), total=total)
+                bar.update(done, f"{skipped} skipped" if skipped else "", total=total)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
     finally:

@@ -24,11 +24,11 @@ class Bar:
     Args:
         name: Of what is being done.
         total: Steps or images in all.
-        unit: What is counted in the speed shown.
+        unit: What is counted in the speed shown; none shows no speed.
         scale: Units for one of `total`.
     """
 
-    def __init__(self, name: str, total: int, unit: str, scale: int = 1) -> None:
+    def __init__(self, name: str, total: int, unit: str = "", scale: int = 1) -> None:
         self.name, self.total, self.unit, self.scale = name, total, unit, scale
         self.progress: Progress | None = None
         self.started, self.first = time.monotonic(), -1
@@ -65,7 +65,9 @@ class Bar:
         if self.first < 0:  # a resumed run begins in the middle
             self.started, self.first = now, done
         speed = (done - self.first) * self.scale / max(now - self.started, 1e-9)
-        shown = [*facts, f"{speed:.3g} {self.unit}/s"] if speed else list(facts)
+        shown = [fact for fact in facts if fact]
+        if self.unit and speed:
+            shown.append(f"{speed:.3g} {self.unit}/s")
         if self.progress is not None:
             task = self.progress.task_ids[0]
             self.progress.update(task, completed=done, total=self.total, facts=", ".join(shown))

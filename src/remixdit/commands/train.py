@@ -62,7 +62,7 @@ def follow(config: TrainConfig) -> None:
         for progress in train(config):
             if progress.metrics is not None:
                 loss = f"loss {progress.metrics['loss']:.4f}"
-            bar.update(progress.step, *filter(None, [loss, active(progress)]))
+            bar.update(progress.step, loss, active(progress))
     if progress is None:
         say(f"{config.output_dir} has its {config.steps} steps already; more --steps extend it")
 
