@@ -87,6 +87,23 @@ def test_a_stacked_bfloat16_step_is_near_the_float32_one():
         assert (ours - theirs).norm() < 5e-2 * theirs.norm()
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_what_trains_is_what_is_kept(stacked):
+    """A bfloat16 network must follow its float32 masters, shared parameters among them."""
+    model, config = tiny_model(), config_for()
+    optimizer = MixtureAdamW(model.mixture, OptimizerConfig(learning_rate=0.1))
+    model.mixture.cast_network(torch.bfloat16)
+    stack = ExpertStack(model.mixture, 5) if stacked else None
+    for step in range(3):
+        plan = plan_step(model.intervals, 5, 12, 0, step)
+        window = Window(5, torch.device("cpu"))
+        train_step(model, step_inputs(model, images(12), plan, config), plan, window, stack)
+        for segment in model.mixture.segments:
+            if not segment.is_mixed:
+                assert torch.equal(segment.weights, segment.bases[0].to(segment.weights.dtype))
+        optimizer.step(step, 3)
+
+
 def test_every_image_belongs_to_one_of_the_steps_intervals():
     intervals = Intervals.uniform(7)
     for step in range(20):

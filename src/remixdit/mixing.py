@@ -225,6 +225,9 @@ class Mixture:
         M plain gradients are kept, whatever K is, and are complete after one backward pass.
         """
         self._begin(len(experts), 1, 1, folded=False)
+        for segment in self.segments:
+            if not segment.is_mixed:
+                segment.refresh()
         for expert in experts:
             self._begin_row(expert)
 

@@ -97,13 +97,17 @@ class Segment:
     def mix(self, coefficients: Tensor) -> None:
         """Write sum_k coefficients[k] * bases[k] into the network; coefficients is (K,)."""
         if self.constant:
-            if not self.is_aliased and self._written != self.bases._version:
-                self.weights.copy_(self.bases[0])
-                self._written = self.bases._version
+            self.refresh()
         elif self.weights.dtype == self.bases.dtype:
             torch.mv(self.bases.t(), coefficients, out=self.weights)
         else:
             self.weights.copy_(torch.mv(self.bases.t(), coefficients))
+
+    def refresh(self) -> None:
+        """Write the one basis into the network, if it has changed."""
+        if not self.is_aliased and self._written != self.bases._version:
+            self.weights.copy_(self.bases[0])
+            self._written = self.bases._version
 
     def prepare_grads(self, rows: int, direct: bool) -> None:
         """Allocate `rows` gradients; unless `direct`, the network writes to a scratch one."""
