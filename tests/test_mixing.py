@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from remixdit.mixing import Mixture, prior_bases
+from remixdit.coefficients import initial_table, prior_bases
+from remixdit.mixing import Mixture
 from remixdit.optim import MixtureAdamW, OptimizerConfig
 from tests.conftest import batch, published_mixture, tiny_dit
 
@@ -43,6 +44,14 @@ def test_every_basis_is_some_experts_own_for_any_numbers(num_bases, num_experts)
     own = prior_bases(num_bases, num_experts)
     assert own.unique().tolist() == list(range(num_bases))
     assert bool((own.diff() >= 0).all())
+
+
+@pytest.mark.parametrize(("num_bases", "num_experts"), [(1, 1), (2, 4), (3, 7), (7, 7), (4, 1000)])
+def test_every_expert_starts_closest_to_its_own_basis(num_bases, num_experts):
+    table = initial_table(num_bases, num_experts, "softmax", 2.0).softmax(-1)
+    assert torch.equal(table.argmax(1), prior_bases(num_bases, num_experts))
+    raw = initial_table(num_bases, num_experts, "raw", 2.0)
+    torch.testing.assert_close(raw, table)
 
 
 @pytest.mark.parametrize("mixed", ["attention+mlp", "all", "blocks.*.mlp.*,final_layer.*"])
@@ -118,7 +127,7 @@ def test_activating_the_active_expert_again_does_nothing_until_weights_change():
 
 def test_equal_bases_give_the_coefficients_no_task_gradient_and_the_start_breaks_the_symmetry():
     """Invariant 9: equal bases with equal coefficients stay equal; ours do not start so."""
-    for symmetry, apart in ((0.0, False), (1.0, True)):
+    for symmetry, apart in ((0.0, False), (2.0, True)):
         network = tiny_dit()
         mixture = Mixture(network, 2, 4, symmetry=symmetry)
         optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=1e-2, max_grad_norm=0))

@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from remixdit.coefficients import KINDS, check_counts, initial_table, prior_bases
 from remixdit.segments import Segment
 from remixdit.selection import MIXED, block_of, mixed_names, tied_names
 
-__all__ = ["COEFFICIENT_KINDS", "Mixture", "prior_bases"]
-
-COEFFICIENT_KINDS = ("softmax", "raw", "one_hot")
+__all__ = ["Mixture"]
 
 
 class Mixture:
@@ -45,8 +44,8 @@ class Mixture:
         coefficients: "softmax" (learned, positive, summing to 1), "raw" (learned, free) or
             "one_hot" (frozen: expert n is basis floor(n K / N)).
         per_block: One table for each block, and one for the rest, instead of one for all.
-        symmetry: Logit that expert n starts with for its own basis floor(n K / N), others 0.
-            Equal bases with equal coefficients would stay equal for ever.
+        symmetry: How strongly expert n starts with its own basis floor(n K / N); at 0, equal
+            bases would stay equal for ever.
     """
 
     def __init__(
@@ -58,12 +57,12 @@ class Mixture:
         mixed: str | Sequence[str] = "attention+mlp",
         coefficients: str = "softmax",
         per_block: bool = False,
-        symmetry: float = 1.0,
+        symmetry: float = 2.0,
     ) -> None:
         check_counts(num_bases, num_experts)
-        if coefficients not in COEFFICIENT_KINDS:
+        if coefficients not in KINDS:
             raise ValueError(
-                f"coefficients must be one of {', '.join(COEFFICIENT_KINDS)}, got {coefficients!r}"
+                f"coefficients must be one of {', '.join(KINDS)}, got {coefficients!r}"
             )
         self.network = network
         self.num_bases, self.num_experts = num_bases, num_experts
@@ -402,28 +401,3 @@ class Mixture:
         self.logits.copy_(logits)
         logits.copy_(kept)
         self.weights_changed()
-
-
-def check_counts(num_bases: int, num_experts: int) -> None:
-    """Refuse numbers of bases and experts that mean nothing."""
-    for name, value in (("num_bases", num_bases), ("num_experts", num_experts)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if num_bases > num_experts:
-        raise ValueError(
-            f"num_bases must be at most num_experts {num_experts}, got {num_bases}: "
-            "N experts are at most N different networks, so bases beyond N add only memory"
-        )
-
-
-def prior_bases(num_bases: int, num_experts: int) -> Tensor:
-    """Return (N,) each expert's own basis floor(n K / N)."""
-    return torch.arange(num_experts) * num_bases // num_experts
-
-
-def initial_table(num_bases: int, num_experts: int, kind: str, symmetry: float) -> Tensor:
-    """Return the (N, K) table to start from; raw coefficients start where softmax's would."""
-    one_hot = F.one_hot(prior_bases(num_bases, num_experts), num_bases).float()
-    if kind == "one_hot":
-        return one_hot
-    return (symmetry * one_hot).softmax(-1) if kind == "raw" else symmetry * one_hot

@@ -104,10 +104,10 @@ PRESETS = {
         objective=ObjectiveConfig(timestep_strata=20),
     ),
     "independent": fine_tuned_s2(
-        "8 experts that share nothing mixed, one a step, so each gets 1/8 of the steps",
+        "8 experts that share nothing, one a step, so each gets 1/8 of the steps",
         "not measured; published: 26.51 -> 25.00",
         mixture=MixtureConfig(
-            num_bases=8, num_experts=8, coefficients="one_hot", experts_per_step=1
+            num_bases=8, num_experts=8, mixed="all", coefficients="one_hot", experts_per_step=1
         ),
     ),
     "oracle": fine_tuned_s2(

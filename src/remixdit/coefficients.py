@@ -1,0 +1,48 @@
+"""The table of coefficients: what experts start from, and which basis is whose own.
+
+Shapes: K bases, N experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["KINDS", "check_counts", "initial_table", "prior_bases"]
+
+# softmax of the logits; the logits themselves, learned; frozen, one basis each
+KINDS = ("softmax", "raw", "one_hot")
+
+
+def check_counts(num_bases: int, num_experts: int) -> None:
+    """Refuse numbers of bases and experts that mean nothing."""
+    for name, value in (("num_bases", num_bases), ("num_experts", num_experts)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if num_bases > num_experts:
+        raise ValueError(
+            f"num_bases must be at most num_experts {num_experts}, got {num_bases}: "
+            "N experts are at most N different networks, so bases beyond N add only memory"
+        )
+
+
+def prior_bases(num_bases: int, num_experts: int) -> Tensor:
+    """Return (N,) each expert's own basis floor(n K / N)."""
+    return torch.arange(num_experts) * num_bases // num_experts
+
+
+def initial_table(num_bases: int, num_experts: int, kind: str, symmetry: float) -> Tensor:
+    """Return the (N, K) table to start from; raw coefficients start where softmax's would.
+
+        logits[n, k] = -symmetry * ((n - centre[k]) K / N)^2
+
+    with centre[k] the middle of the experts whose own basis is k: an expert prefers its own basis
+    and shares most with its neighbours.
+    """
+    one_hot = F.one_hot(prior_bases(num_bases, num_experts), num_bases).float()
+    if kind == "one_hot":
+        return one_hot
+    experts = torch.arange(num_experts, dtype=torch.float32)[:, None]
+    centres = (experts * one_hot).sum(0) / one_hot.sum(0)  # (K,)
+    logits = -symmetry * ((experts - centres) * num_bases / num_experts).square()
+    logits -= logits.max(1, keepdim=True).values
+    return logits.softmax(-1) if kind == "raw" else logits
