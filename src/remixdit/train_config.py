@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from remixdit.coefficients import KINDS, check_counts
 from remixdit.dit import DiTConfig
-from remixdit.mixing import COEFFICIENT_KINDS, check_counts
 from remixdit.optim import OptimizerConfig
 
 __all__ = [
@@ -59,10 +59,9 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         check_counts(self.num_bases, self.num_experts)
-        if self.coefficients not in COEFFICIENT_KINDS:
+        if self.coefficients not in KINDS:
             raise ValueError(
-                f"coefficients must be one of {', '.join(COEFFICIENT_KINDS)}, "
-                f"got {self.coefficients!r}"
+                f"coefficients must be one of {', '.join(KINDS)}, got {self.coefficients!r}"
             )
         if self.intervals not in ("uniform", "log_snr"):
             raise ValueError(f"intervals must be uniform or log_snr, got {self.intervals!r}")
