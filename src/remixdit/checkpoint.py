@@ -71,11 +71,14 @@ def save(run_dir: Path, step: int, model: RemixDiT, optimizer: MixtureAdamW, kee
 
 def restore(directory: Path, model: RemixDiT, optimizer: MixtureAdamW) -> int:
     """Load a checkpoint into model and optimizer; return the steps done."""
-    state: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    with damage_named(directory):
+        state: dict[str, Any] = json.loads((directory / "state.json").read_text())
+        averages, weights, moments = (
+            load_file(directory / f"{name}.safetensors") for name in ("ema", "model", "optimizer")
+        )
     with optimizer.averaged():
-        model.mixture.load_state_dict(load_file(directory / "ema.safetensors"))
-    model.mixture.load_state_dict(load_file(directory / "model.safetensors"))
-    moments = load_file(directory / "optimizer.safetensors")
+        model.mixture.load_state_dict(averages)
+    model.mixture.load_state_dict(weights)
     optimizer.load_state_dict(moments, state["basis_steps"])
     return int(state["step"])
 

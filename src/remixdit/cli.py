@@ -30,6 +30,10 @@ COMMANDS = {
     "info": ("info", "sizes, intervals, coefficients and cost of a model"),
 }
 
+# Errors of torch and safetensors, which are not imported just to be named: too little memory, and
+# what their files meet on a full disk.
+MACHINE_ERRORS = ("OutOfMemoryError", "SafetensorError")
+
 HELP = """\
 usage: remixdit COMMAND ...
 
@@ -55,9 +59,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return failed(error, 2)
     except (OSError, MemoryError, ArithmeticError) as error:
         return failed(error, 1)
-    except RuntimeError as error:
-        # By name: torch is not imported just to be asked.
-        if type(error).__name__ != "OutOfMemoryError":
+    except Exception as error:
+        if type(error).__name__ not in MACHINE_ERRORS:
             raise
         return failed(error, 1)
 
@@ -97,7 +100,7 @@ def failed(error: Exception, code: int) -> int:
         traceback.print_exception(error)
     name = type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text = f"{error.filename or 'cannot read or write'}: {error.strerror}"
     else:
         text = " ".join(str(error).split()) or name
     complain(f"error: {text}")

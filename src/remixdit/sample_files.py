@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -120,21 +120,30 @@ def write_folder(path: Path, batches: Iterator[Samples]) -> Iterator[int]:
 
 def write_npz(path: Path, batches: Iterator[Samples], class_labels: Sequence[int]) -> Iterator[int]:
     """Write arr_0 and arr_1, batch by batch: 50,000 images need not fit into memory."""
-    beside, done = path.with_name(f".{path.name}.partial"), 0
     labels = np.asarray(class_labels, np.int64)
-    with zipfile.ZipFile(beside, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for batch in batches:
-                if not done:
-                    shape = (len(labels), *batch.images.shape[1:])
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(np.ascontiguousarray(batch.images).data)
-                done += len(batch.indices)
-                yield done
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels)
-    beside.replace(path)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with zipfile.ZipFile(beside, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                yield from write_rows(file, batches, len(labels))
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, labels)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_rows(file: IO[bytes], batches: Iterator[Samples], count: int) -> Iterator[int]:
+    """Write the images of `count` samples as one .npy."""
+    done = 0
+    for batch in batches:
+        if not done:
+            shape = (count, *batch.images.shape[1:])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(batch.images).data)
+        done += len(batch.indices)
+        yield done
 
 
 def write_grid(
