@@ -1,0 +1,53 @@
+"""What the tests of the command line share: small pictures on disk, and short commands."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from remixdit.cli import main
+
+SIDE = 16
+
+
+def pixels(count: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Noise, (count, SIDE, SIDE, channels) uint8."""
+    shape = (count, SIDE, SIDE, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_npz(path: Path, count: int = 24, channels: int = 3, num_classes: int = 3) -> Path:
+    """Write pictures with labels."""
+    np.savez(path, arr_0=pixels(count, channels), arr_1=np.arange(count) % num_classes)
+    return path
+
+
+def write_folder(root: Path, **counts: int) -> Path:
+    """Write a folder of class folders with so many pictures each."""
+    for seed, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for index, picture in enumerate(pixels(count, seed=seed)):
+            Image.fromarray(picture).save(root / name / f"{index}.png")
+    return root
+
+
+def remixdit(line: str) -> None:
+    """Run a command that must succeed."""
+    assert main(line.split()) == 0
+
+
+def refusal(line: str, capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """Run a command that must be refused; return its one sentence."""
+    capsys.readouterr()
+    assert main(line.split()) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("remixdit: error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err.removeprefix("remixdit: error: ").rstrip("\n")
+
+
+def files_below(directory: Path) -> set[str]:
+    """Return every file and directory, by its relative path."""
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}

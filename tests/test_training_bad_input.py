@@ -1,0 +1,244 @@
+"""Every wrong request for a run: one sentence, exit code 2, nothing half-written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.command_line import (
+    files_below,
+    pixels,
+    refusal,
+    remixdit,
+    write_folder,
+    write_npz,
+)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """Data, and finished runs on colour and on grey."""
+    root = tmp_path_factory.mktemp("given")
+    for name, channels in (("colour", 3), ("grey", 1)):
+        data = write_npz(root / f"{name}.npz", channels=channels)
+        remixdit(f"train tiny --data {data} --output-dir {root / name} --steps 2")
+    return root
+
+
+def refused_run(given, tmp_path, capsys, options: str) -> str:
+    """Ask for a run that must be refused without a trace."""
+    run = tmp_path / "run"
+    line = f"train tiny --data {given}/colour.npz --output-dir {run} {options}"
+    message = refusal(line, capsys)
+    assert not run.exists()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--num-bases 0", "num_bases must be at least 1, got 0"),
+        ("--num-experts 0", "num_experts must be at least 1, got 0"),
+        (
+            "--num-bases 5",
+            "num_bases must be at most num_experts 4, got 5: N experts are at most N different "
+            "networks, so bases beyond N add only memory",
+        ),
+        ("--num-bases two", "--num-bases: invalid literal for int() with base 10: 'two'"),
+        (
+            "--learning-rat 1",
+            "Unrecognized options: --learning-rat, 1; perhaps --learning-rate",
+        ),
+        ("--experts-per-step 9", "experts_per_step must be in 0..4, got 9"),
+        ("--steps 0", "steps must be at least 1, got 0"),
+        (
+            "--batch-size 3",
+            "batch_size must be at least one image for each of 4 intervals a step, got 3",
+        ),
+        ("--precision fp8", "precision must be fp32 or bf16, got 'fp8'"),
+        ("--device tpu", "device must be auto, cpu or cuda, got 'tpu'"),
+        ("--coefficients hard", "coefficients must be one of softmax, raw, one_hot, got 'hard'"),
+        ("--mixed head", "mixed must match a trainable parameter, got ['head']"),
+        ("--patch-size 5", "patch_size must divide input_size 16, got 5"),
+        ("--lr-schedule step", "lr_schedule must be constant or cosine, got 'step'"),
+    ],
+)
+def test_wrong_field_is_named_with_rule_and_value(options, sentence, given, tmp_path, capsys):
+    assert refused_run(given, tmp_path, capsys, options) == sentence
+
+
+def test_unknown_preset_is_named_beside_those_there_are(given, tmp_path, capsys):
+    line = f"train tinny --data {given}/colour.npz --output-dir {tmp_path}/run"
+    message = refusal(line, capsys)
+    assert message.startswith("preset must be one of tiny, ")
+    assert message.endswith("got 'tinny'; perhaps tiny")
+    assert "preset must come first" in refusal(f"train --data {given}/colour.npz tiny", capsys)
+
+
+def test_missing_flags_are_named(capsys):
+    assert refusal("train tiny", capsys) == (
+        "required: --data STR, --output-dir PATH (remixdit train tiny --help says more)"
+    )
+
+
+# --- data
+
+
+def refused_data(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    run = tmp_path / "run"
+    message = refusal(f"train tiny --data {data} --output-dir {run}", capsys)
+    assert not run.exists()
+    return message
+
+
+def test_missing_data_are_named(tmp_path, capsys):
+    gone = tmp_path / "no" / "such"
+    assert refused_data(gone, tmp_path, capsys) == f"{gone}: no such file or folder"
+
+
+def test_folder_without_images_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    message = refused_data(tmp_path / "empty", tmp_path, capsys)
+    assert message == f"{tmp_path}/empty holds no images"
+
+
+def test_folder_with_one_class_is_refused(tmp_path, capsys):
+    data = write_folder(tmp_path / "photos", cat=3)
+    message = refused_data(data, tmp_path, capsys)
+    assert message == f"{data} holds the one class folder 'cat': give {data}/cat instead"
+
+
+def test_negative_labels_are_refused(tmp_path, capsys):
+    data = tmp_path / "labels.npz"
+    np.savez(data, arr_0=pixels(8), arr_1=np.arange(8) - 3)
+    assert refused_data(data, tmp_path, capsys).endswith("got -3")
+
+
+def test_corrupt_image_is_left_out_of_a_run_and_named(tmp_path, capsys):
+    data = write_folder(tmp_path / "photos", cat=9, dog=9)
+    (data / "cat" / "broken.png").write_bytes(b"no picture")
+    remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --steps 1")
+    printed = capsys.readouterr().err
+    assert "1 images" in printed
+    assert "cat/broken.png" in printed
+
+
+def test_corrupt_image_is_refused_by_strict_encoding(tmp_path, capsys):
+    data = write_folder(tmp_path / "photos", cat=3, dog=3)
+    (data / "cat" / "broken.png").write_bytes(b"no picture")
+    line = f"encode {data} --output {tmp_path}/shards --image-size 16"
+    assert "cat/broken.png" in refusal(f"{line} --strict", capsys)
+    remixdit(line)
+    assert "1 of 7 images were skipped" in capsys.readouterr().err
+
+
+# --- models to start from
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--from {}/grey", "in_channels must be that of init_from, 1, got 3"),
+        ("--from {}/colour --num-experts 5", "num_experts must be that of init_from, 4, got 5"),
+        ("--from {}/colour --coefficients raw", "coefficients must be that of init_from, softmax"),
+        ("--from {}/grey/data", "checkpoint must be a model directory or a run with one"),
+        ("--from {}/nowhere", "model must be a directory or a model of the hub"),
+    ],
+)
+def test_start_of_another_shape_is_refused(options, sentence, given, tmp_path, capsys):
+    assert refused_run(given, tmp_path, capsys, options.format(given)).startswith(sentence)
+
+
+def test_model_of_other_classes_is_refused_unless_labels_are_learned_afresh(
+    given, tmp_path, capsys
+):
+    plain = tmp_path / "plain"
+    options = "--steps 1 --num-bases 1 --num-experts 1"
+    remixdit(f"train tiny --data {given}/colour.npz --output-dir {plain} {options}")
+    data = write_folder(tmp_path / "photos", cat=9, dog=9)
+    line = f"train tiny --data {data} --output-dir {tmp_path}/run --from {plain} --steps 1"
+    message = refusal(line, capsys)
+    assert message.startswith("init_from must be a model of the data's 2 classes, got 3")
+    assert not (tmp_path / "run").exists()
+    remixdit(f"{line} --new-labels")
+
+
+def test_damaged_model_is_refused_by_its_directory(given, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(given / "colour" / "model", model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    message = refused_run(given, tmp_path, capsys, f"--from {model}")
+    assert message.startswith(f"model must have whole files, got {model}: ")
+
+
+# --- where it goes
+
+
+def test_output_of_another_configuration_is_refused_by_fields(given, tmp_path, capsys):
+    before = files_below(given / "colour")
+    line = f"train tiny --data {given}/colour.npz --output-dir {given}/colour --steps 2"
+    message = refusal(f"{line} --learning-rate 1e-5 --batch-size 8", capsys)
+    assert message == (
+        f"output_dir must hold a run of this configuration, got {given}/colour: "
+        "batch_size was 16, now 8; optimizer.learning_rate was 0.001, now 1e-05"
+    )
+    assert files_below(given / "colour") == before
+
+
+def test_changed_data_are_refused(tmp_path, capsys):
+    data = write_npz(tmp_path / "data.npz")
+    line = f"train tiny --data {data} --output-dir {tmp_path}/run"
+    remixdit(f"{line} --steps 1")
+    write_npz(data, count=32)
+    assert "holds another encoding" in refusal(f"{line} --steps 2", capsys)
+
+
+def test_directory_of_something_else_is_refused(given, tmp_path, capsys):
+    photos = write_folder(tmp_path / "run", cat=1)
+    line = f"train tiny --data {given}/colour.npz --output-dir {photos}"
+    assert refusal(line, capsys) == f"output_dir must be empty or hold a run, got {photos}"
+    assert files_below(photos) == {"cat", "cat/0.png"}
+
+
+def test_file_in_the_way_is_refused(given, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    line = f"train tiny --data {given}/colour.npz --output-dir"
+    assert refusal(f"{line} {taken}", capsys).startswith("output_dir must be a directory, got")
+    assert refusal(f"{line} {taken}/run", capsys).startswith("output_dir must be in a directory")
+    assert taken.read_text() == "mine"
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Let root be nobody for a while: root may write anywhere."""
+    if os.geteuid():
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "setresuid"), reason="needs a Unix with saved user ids")
+def test_directory_that_cannot_be_written_is_refused(capsys):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own directories are closed to others
+        root = Path(name)
+        data = write_npz(root / "data.npz")
+        root.chmod(0o555)
+        line = f"train tiny --data {data} --output-dir {root}/run"
+        try:
+            with without_privileges():
+                message = refusal(line, capsys)
+            assert message == f"output_dir must be writable, got {root}/run"
+            assert files_below(root) == {"data.npz"}
+        finally:
+            root.chmod(0o755)
