@@ -151,6 +151,7 @@ def test_an_unfinished_encoding_of_something_else_is_left_alone(tmp_path):
         ({"image_size": 4}, "image_size must be at least 8, got 4"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
         ({"crop": "middle"}, "crop must be center or random, got 'middle'"),
+        ({"device": "gpu"}, "device must be auto, cpu or cuda, got 'gpu'"),
         ({"precision": "fp16"}, "precision must be auto, fp32 or bf16, got 'fp16'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"mirror": True}, "pixels are mirrored when they are read"),

@@ -54,8 +54,8 @@ class EncodeConfig:
     """Images a shard; by default such that a shard takes about 64 MiB."""
     seed: int = 0
     """Of the random crop."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the autoencoder runs; auto is the GPU, if there is one."""
+    device: str = "auto"
+    """auto, cpu or cuda: where the autoencoder runs; auto is the GPU, if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the autoencoder; auto is bf16 on a GPU and fp32 on the CPU."""
 
@@ -68,6 +68,8 @@ class EncodeConfig:
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop must be center or random, got {self.crop!r}")
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
         if self.mirror and self.autoencoder == "none":
@@ -141,7 +143,7 @@ class _Encoder:
         settings = directory.settings
         if isinstance(autoencoder, LatentAutoencoder):
             dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
-            autoencoder.to(pick_device(config.device), dtype)
+            autoencoder.to(_device(config), dtype)
         self.pictures = Pictures(
             source=source,
             image_size=config.image_size,
@@ -237,7 +239,11 @@ def _settings(source: Source, config: EncodeConfig, autoencoder: Autoencoder) ->
 def _precision(config: EncodeConfig) -> str:
     if config.precision != "auto":
         return config.precision
-    return "fp32" if pick_device(config.device).type == "cpu" else "bf16"
+    return "fp32" if _device(config).type == "cpu" else "bf16"
+
+
+def _device(config: EncodeConfig) -> torch.device:
+    return pick_device("auto") if config.device == "auto" else torch.device(config.device)
 
 
 def _shard_size(num_images: int, row_bytes: int) -> int:

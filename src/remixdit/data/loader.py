@@ -21,7 +21,7 @@ from remixdit.data.shards import ShardDataset
 
 __all__ = ["Batch", "Loader"]
 
-NUM_THREADS = 2  # assemble batches while the network runs
+NUM_AHEAD = 3  # batches made while the network runs
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,13 @@ class Loader:
         return Batch(latents, labels, torch.from_numpy(self.positions.copy()))
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `first_step`, `first_step + 1`, ..., made ahead in threads."""
+        """Yield the batches of `first_step`, `first_step + 1`, ..., made ahead in a thread."""
         pending: deque[Future[Batch]] = deque()
-        with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="loader") as pool:
+        # One thread: two would spend their time handing the interpreter lock to and fro.
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
             step = first_step
             while True:
-                while len(pending) < NUM_THREADS + 1:
+                while len(pending) < NUM_AHEAD:
                     pending.append(pool.submit(self._pinned_batch, step))
                     step += 1
                 yield pending.popleft().result()
