@@ -213,6 +213,12 @@ def test_npz_of_floats_is_refused(tmp_path):
         open_source(tmp_path / "a.npz")
 
 
+def test_a_split_of_what_has_none_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((2, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"a.npz has no splits, got split 'train'"):
+        open_source(tmp_path / "a.npz", split="train")
+
+
 def test_npz_never_loads_a_pickle(tmp_path):
     np.savez(tmp_path / "a.npz", np.array([{"a": 1}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle=False"):

@@ -23,6 +23,7 @@ def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
         ValueError: there is no such thing, it holds no images, or its labels make no sense.
     """
     if str(path_or_name) == "mnist5k":
+        _check_no_split("mnist5k", split)
         return mnist5k_source()
     path = Path(path_or_name)
     try:
@@ -47,9 +48,15 @@ def _open_folder(path: Path, split: str | None) -> Source:
 
 def _open_file(path: Path, split: str | None) -> Source:
     if path.suffix == ".npz":
+        _check_no_split(path.name, split)
         return npz_source(path)
     if path.suffix == ".parquet":
         return parquet_source(path, split)
     if path.suffix == ".tar":
         return tar_source(path, split)
     raise ValueError(f"source must be a folder, .parquet, .npz or .tar, got {path}")
+
+
+def _check_no_split(name: str, split: str | None) -> None:
+    if split is not None:
+        raise ValueError(f"{name} has no splits, got split {split!r}")
