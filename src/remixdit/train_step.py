@@ -72,6 +72,7 @@ class Window:
         self.losses = torch.zeros(3, num_intervals, device=device)  # total, mse, count
         self.stats = torch.zeros(3, device=device)
         self.steps = 0
+        self.last_grad_norm = torch.zeros((), device=device)
         self.started = time.perf_counter()
 
     def add_losses(self, strata: Tensor, total: Tensor, mse: Tensor, real: Tensor) -> None:
@@ -82,6 +83,7 @@ class Window:
     def add_stats(self, stats: StepStats) -> None:
         """Add what the optimizer saw."""
         self.stats += torch.stack(list(stats))
+        self.last_grad_norm = stats.grad_norm
         self.steps += 1
 
     def means(self, masses: Tensor, batch_size: int) -> dict[str, Any]:
@@ -109,6 +111,8 @@ class Window:
 class Inputs(NamedTuple):
     """One process's share of a step, on its device; b images."""
 
+    first: int
+    """Place of the first image in the batch of all processes; the others follow."""
     latents: Tensor
     """(b, C, H, W) clean."""
     noise: Tensor
@@ -121,12 +125,10 @@ class Inputs(NamedTuple):
     """(b,) in the loss."""
     strata: Tensor
     """(b,) the interval of each timestep."""
-    first: int
-    """Place of the first image in the batch of all processes; the others follow."""
 
     def rows(self, index: Tensor) -> "Inputs":
         """Return some of the images."""
-        return Inputs(*(values[index] for values in self[:-1]), first=self.first)
+        return Inputs(self.first, *(values[index] for values in self[1:]))
 
 
 def step_inputs(model: RemixDiT, batch: Batch, plan: StepPlan, config: TrainConfig) -> Inputs:
@@ -142,7 +144,7 @@ def step_inputs(model: RemixDiT, batch: Batch, plan: StepPlan, config: TrainConf
         strata[here],
     )
     tensors = (values.to(device, non_blocking=True) for values in host)
-    return Inputs(*tensors, first=int(here[0]))
+    return Inputs(int(here[0]), *tensors)
 
 
 def train_step(
@@ -202,7 +204,10 @@ def stacked_pass(
     timesteps = model.process.network_timesteps(own.timesteps)
     noisy = model.process.add_noise(own.latents, own.noise, own.timesteps)
     stack.begin_step(experts)
-    apart = (values.unflatten(0, places.shape) for values in (noisy, timesteps, own.class_labels))
+    apart = (
+        values.view(*places.shape, *values.shape[1:])
+        for values in (noisy, timesteps, own.class_labels)
+    )
     output = stack(*apart).flatten(0, 1)
     back_propagate(model, output, own, window)
 

@@ -17,6 +17,7 @@ Shapes: C H W latents.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -104,7 +105,12 @@ class Training:
         return plan
 
     def metrics(self) -> dict[str, Any]:
-        """Return a line of metrics, and begin the next."""
+        """Return a line of metrics, and begin the next.
+
+        Raises:
+            ArithmeticError: loss and gradient are no longer finite; one step may fail, and is
+                left out, but this is how a run ends that has diverged.
+        """
         config = self.config
         masses = torch.tensor(self.strata.masses)
         row = {
@@ -115,6 +121,11 @@ class Training:
             "learning_rate": config.optimizer.learning_rate
             * config.optimizer.lr_factor(self.step - 1, config.steps),
         }
+        if not (math.isfinite(row["loss"]) or self.window.last_grad_norm.isfinite()):
+            raise ArithmeticError(
+                f"training diverged: the loss is {row['loss']} at step {self.step}; start again "
+                "from an earlier checkpoint with a smaller learning_rate"
+            )
         self.window = self._new_window()
         return row
 
