@@ -294,9 +294,15 @@ def test_a_dataset_of_the_hub_is_opened_by_datasets(tmp_path, monkeypatch):
     assert colour_of(source, 0) == (0, 0, 255)
 
 
-def test_what_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere.zip: no such file or folder"):
-        open_source("nowhere.zip")
+@pytest.mark.parametrize("name", ["nowhere.zip", "mnist", "photos/cats", "/no/where", "a/b/c"])
+def test_what_does_not_exist_is_refused_without_asking_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=f"{name}: no such file or folder, nor owner/name on the"):
+        open_source(name)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "a.zip").touch()
     with pytest.raises(ValueError, match=r"source must be a folder, .parquet, .npz or .tar"):
         open_source(tmp_path / "a.zip")

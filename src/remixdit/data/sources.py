@@ -15,8 +15,8 @@ def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
 
     Args:
         path_or_name: a folder of class folders, a Parquet file or a folder of them, an npz, a
-            WebDataset tar or a folder of them, "mnist5k", or the name of a data set on the
-            Hugging Face hub.
+            WebDataset tar or a folder of them, "mnist5k", or a data set on the Hugging Face hub
+            as "owner/name".
         split: which part of it, such as "train", where there are several.
 
     Raises:
@@ -33,9 +33,10 @@ def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
             return _open_file(path, split)
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error
-    if path.suffix or path.is_absolute() or str(path_or_name).count("/") > 1:
-        raise ValueError(f"{path_or_name}: no such file or folder")
-    return hub_source(str(path_or_name), split)
+    # A mistyped path must not wait for the network: on the hub there is an owner, here no folder.
+    if path.is_absolute() or path.suffix or len(path.parts) != 2 or path.parent.exists():
+        raise ValueError(f"{path_or_name}: no such file or folder, nor owner/name on the hub")
+    return hub_source(path.as_posix(), split)
 
 
 def _open_folder(path: Path, split: str | None) -> Source:
