@@ -165,6 +165,18 @@ def test_folder_and_npz_hold_the_same_images(run, tmp_path):
     assert about["sampling"]["num_inference_steps"] == 3
 
 
+@pytest.mark.slow
+def test_two_processes_draw_the_same_images(run, tmp_path, capsys):
+    remixdit(sample(run, f"{tmp_path}/one/", "--batch-size 2"))
+    line = sample(run, f"{tmp_path}/two/", "--batch-size 2")
+    start = "-m torch.distributed.run --standalone --nproc-per-node 2 -m remixdit"
+    subprocess.run([sys.executable, *start.split(), *line.split()], check=True, timeout=120)
+    assert files_below(tmp_path / "one") == files_below(tmp_path / "two")
+    for i in range(6):
+        one, two = (picture(tmp_path / name / f"{i:06}.png") for name in ("one", "two"))
+        np.testing.assert_array_equal(one, two)
+
+
 def test_classes_may_be_named(run, tmp_path):
     for name, labels in (("a", "dog,elk"), ("b", "1,2"), ("c", "2,1")):
         remixdit(sample(run, f"{tmp_path}/{name}.npz", f"--class-labels {labels}"))

@@ -24,7 +24,7 @@ from PIL import Image
 from remixdit.model import write_file
 from remixdit.sampling import Samples
 
-__all__ = ["Target", "claim_output", "write_samples"]
+__all__ = ["Target", "claim", "target_of", "write_about", "write_samples"]
 
 ABOUT_FILE = "samples.json"
 MAX_COLUMNS = 12
@@ -38,25 +38,29 @@ class Target(NamedTuple):
     """png, npz or folder."""
 
 
-def claim_output(output: str, overwrite: bool = False) -> Target:
-    """Check where samples are to go, before the first is drawn.
-
-    Args:
-        output: name.png, name.npz or a directory, which is made.
-        overwrite: Replace what an earlier sampling wrote there.
-    """
+def target_of(output: str) -> Target:
+    """Return what is meant by name.png, name.npz or a directory."""
     path, kind = Path(output), "folder"
     if not output.endswith("/") and not path.is_dir() and path.suffix:
         kind = path.suffix.removeprefix(".").lower()
-    if kind == "folder":
-        claim_folder(path, overwrite)
-    elif kind not in ("png", "npz"):
+    if kind not in ("png", "npz", "folder"):
         raise ValueError(f"output must be a .png, an .npz or a directory, got {output}")
-    elif path.exists() and not overwrite:
-        raise ValueError(f"output must not exist (--overwrite replaces it), got {output}")
-    else:
-        make_folder(path.parent)
     return Target(path, kind)
+
+
+def claim(target: Target, overwrite: bool = False) -> None:
+    """Make sure that samples can go there, before the first is drawn; a directory is made.
+
+    Args:
+        target: Where.
+        overwrite: Replace what an earlier sampling wrote there.
+    """
+    if target.kind == "folder":
+        claim_folder(target.path, overwrite)
+    elif target.path.exists() and not overwrite:
+        raise ValueError(f"output must not exist (--overwrite replaces it), got {target.path}")
+    else:
+        make_folder(target.path.parent)
 
 
 def claim_folder(path: Path, overwrite: bool) -> None:
@@ -85,26 +89,29 @@ def write_samples(
     batches: Iterator[Samples],
     class_labels: Sequence[int],
     class_names: Sequence[str],
-    about: Mapping[str, Any],
 ) -> Iterator[int]:
     """Write images as they come; yields how many this process has done.
 
     Args:
-        target: From `claim_output`.
+        target: Where; claimed.
         batches: Of images, in rising order; all of them unless the target is a folder.
         class_labels: (n,) of all images.
         class_names: Shown below the images of a grid; none shows nothing.
-        about: Where the samples come from: JSON values, kept beside the files of a folder.
     """
     if target.kind == "folder":
         yield from write_folder(target.path, batches)
-        text = json.dumps({**about, "class_labels": list(class_labels)}, indent=1) + "\n"
-        write_file(target.path / ABOUT_FILE, lambda beside: beside.write_text(text, "utf-8"))
     elif target.kind == "npz":
         yield from write_npz(target.path, batches, class_labels)
     else:
         captions = [class_names[label] for label in class_labels] if class_names else []
         yield from write_grid(target.path, batches, columns_for(class_labels), captions)
+
+
+def write_about(target: Target, about: Mapping[str, Any]) -> None:
+    """Write, beside the files of a folder, where they come from: JSON values."""
+    if target.kind == "folder":
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        write_file(target.path / ABOUT_FILE, lambda beside: beside.write_text(text, "utf-8"))
 
 
 def write_folder(path: Path, batches: Iterator[Samples]) -> Iterator[int]:

@@ -11,7 +11,8 @@ from remixdit.autoencoder import LatentAutoencoder, load_autoencoder
 from remixdit.checkpoint import load_model
 from remixdit.commands.arguments import base_config, parse
 from remixdit.commands.terminal import Bar, say
-from remixdit.sample_files import claim_output, write_samples
+from remixdit.model import RemixDiT
+from remixdit.sample_files import claim, target_of, write_about, write_samples
 from remixdit.sampling import SamplingConfig, labels_of, sample
 from remixdit.train_config import PRECISIONS
 
@@ -55,25 +56,38 @@ def run(args: Sequence[str]) -> None:
 
 def draw(arguments: SampleArguments) -> None:
     """Draw the images and write them."""
+    target = target_of(arguments.output)
     device = distributed.pick_device(arguments.device)
     model = load_model(arguments.checkpoint, ema=arguments.ema, device=str(device))
-    names = model.config.class_names
-    labels = label_numbers(arguments.class_labels, names)
-    config = replace(base_config(arguments, SamplingConfig), class_labels=labels)
-    config.resolved_scheduler(model)
+    config = sampling_config(arguments, model)
     class_labels = labels_of(model, config).tolist()
     model.mixture.cast_network(PRECISIONS[arguments.precision])
     autoencoder = load_autoencoder(model.config.autoencoder)
     if isinstance(autoencoder, LatentAutoencoder):
         autoencoder.to(device)
     ranks = distributed.start(device)
-    target = claim_output(arguments.output, arguments.overwrite)
-    about = {"checkpoint": arguments.checkpoint, "sampling": asdict(config)}
+    if ranks.num_ranks > 1 and target.kind != "folder":
+        raise ValueError(f"output must be a directory for several processes, got {target.path}")
+    if ranks.is_first:
+        claim(target, arguments.overwrite)
+    distributed.barrier()
     batches = sample(model, autoencoder, config, ranks.rank, ranks.num_ranks)
-    with Bar("sample", config.num_images, "images") as bar:
-        for done in write_samples(target, batches, class_labels, names, about):
+    with Bar("sample", -(-config.num_images // ranks.num_ranks), "images") as bar:
+        for done in write_samples(target, batches, class_labels, model.config.class_names):
             bar.update(done)
-    say(f"wrote {config.num_images} images to {arguments.output}")
+    distributed.barrier()
+    if ranks.is_first:
+        about = {"checkpoint": arguments.checkpoint, "sampling": asdict(config)}
+        write_about(target, {**about, "class_labels": class_labels})
+        say(f"wrote {config.num_images} images to {arguments.output}")
+
+
+def sampling_config(arguments: SampleArguments, model: RemixDiT) -> SamplingConfig:
+    """Return how to sample, after checking that it fits the model."""
+    labels = label_numbers(arguments.class_labels, model.config.class_names)
+    config = replace(base_config(arguments, SamplingConfig), class_labels=labels)
+    config.resolved_scheduler(model)
+    return config
 
 
 def label_numbers(text: str, class_names: Sequence[str]) -> tuple[int, ...]:

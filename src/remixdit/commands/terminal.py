@@ -1,5 +1,9 @@
-"""Progress on stderr: a bar in a terminal, elsewhere a plain line a minute."""
+"""Progress on stderr: a bar in a terminal, elsewhere a plain line a minute.
 
+Of several processes only the first speaks, except for errors.
+"""
+
+import os
 import sys
 import time
 from types import TracebackType
@@ -15,7 +19,13 @@ LINE_SECONDS = 60
 
 def say(text: str) -> None:
     """Write one line to stderr."""
-    print(f"remixdit: {text}", file=sys.stderr)
+    if is_first():
+        print(f"remixdit: {text}", file=sys.stderr)
+
+
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Bar:
@@ -36,7 +46,7 @@ class Bar:
 
     def __enter__(self) -> Self:
         """Show the bar, in a terminal."""
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first():
             self.progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
