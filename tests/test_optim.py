@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from remixdit import kernels
 from remixdit.mixing import Mixture
 from remixdit.objectives import Diffusion
 from remixdit.optim import MixtureAdamW, OptimizerConfig
@@ -166,3 +167,62 @@ def test_the_fused_step_equals_adamw_on_explicit_gradients(kind, per_block, mixe
     with optimizer.averaged():
         for name, ours in mixture.state_dict().items():
             torch.testing.assert_close(ours, averages[name], **close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_compiled_update_is_one_kernel_without_a_temporary_of_all_bases(rows):
+    """Read off what Inductor made: equal numbers, one loop over memory, nothing allocated."""
+    from torch._inductor.utils import run_and_get_code
+
+    generator = torch.Generator().manual_seed(0)
+    arrays = [torch.rand(4, 4096, generator=generator) for _ in range(4)]
+    grads = torch.randn(rows, 4096, generator=generator)
+    weights = torch.rand(rows, 4, generator=generator)
+    numbers = kernels.AdamW(1e-3, 0.1, 0.999, 1e-3, 0.5, 1e-8, 0.99, 0.2)
+    expected = [values.clone() for values in arrays]
+    kernels.update(tuple(expected), grads, weights, numbers, compile=False)
+    kernels.compiled.cache_clear()
+    _, code = run_and_get_code(kernels.update, tuple(arrays), grads, weights, numbers, True)
+    for ours, theirs in zip(arrays, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    if rows == 1:
+        (source,) = code
+        assert source.count("= async_compile.cpp_pybinding") == 1
+        allocated = [
+            line for line in source.splitlines() if "empty_strided" in line and "buf" in line
+        ]
+        assert allocated == []
+
+
+@pytest.mark.parametrize("columns", [1, 1000, 2**19 + 3])
+def test_chunks_of_an_update_do_not_change_it(columns):
+    generator = torch.Generator().manual_seed(0)
+    arrays = [torch.rand(2, columns, generator=generator) for _ in range(4)]
+    whole = [values.clone() for values in arrays]
+    grads, weights = torch.randn(1, columns, generator=generator), torch.rand(1, 2)
+    numbers = kernels.AdamW(1e-3, 0.1, 0.999, 1e-3, 0.5, 1e-8, 0.99, 0.2)
+    kernels.update(tuple(arrays), grads, weights, numbers, compile=False)
+    bases, exp_avg, exp_avg_sq, ema = whole
+    kernels.adamw_step(bases, grads, weights, exp_avg, exp_avg_sq, ema, numbers)
+    for ours, theirs in zip(arrays, whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_reading_the_average_early_does_not_change_it():
+    """It takes in new weights with the next step's pass, or when somebody looks."""
+    results = []
+    for look in (False, True):
+        mixture = Mixture(tiny_dit(), 2, 3)
+        optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=1e-2))
+        for step in range(4):
+            mixture.begin_step()
+            mixture.begin_expert(step % 3)
+            torch.autograd.backward(toy_loss(mixture.network, step))
+            mixture.collect()
+            optimizer.step(step, 4)
+            if look:
+                assert len(optimizer.ema) == len(mixture.segments) + 1
+        results.append([values.clone() for values in optimizer.ema])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

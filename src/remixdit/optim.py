@@ -7,8 +7,11 @@ For basis k of a mixture, with plain gradients g and coefficients c (arXiv 1711.
     bases -= lr * (weight_decay * bases + exp_avg / (1 - beta1^t) / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps))
     ema = lerp(ema, bases, 1 - ema_decay)
 
-`adamw_step` does all of it in one pass over memory. Shared parameters and logits take the same
-step with K = 1. With one basis it is torch.optim.AdamW, bit for bit.
+`kernels.adamw_step` does all of it in one pass over memory. Shared parameters and logits take the
+same step with K = 1. With one basis it is torch.optim.AdamW, bit for bit.
+
+The average takes in the new weights one step later, when the next pass reads them anyway; who
+reads it before gets it complete.
 
 Shapes: K bases, P numbers of a segment, R gradients, L tables, N experts.
 """  # noqa: E501
@@ -22,14 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from remixdit import kernels
 from remixdit.mixing import Mixture
 from remixdit.segments import Segment
 
-__all__ = ["MixtureAdamW", "OptimizerConfig", "StepStats", "adamw_step"]
-
-# Elements of one array that the eager update works on at a time: few enough to stay in the cache,
-# enough for two threads.
-CHUNK = 2**18
+__all__ = ["MixtureAdamW", "OptimizerConfig", "StepStats"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +86,6 @@ class OptimizerConfig:
         return 1 - min(self.ema_decay, warmed)
 
 
-class Hyperparameters(NamedTuple):
-    """The numbers of one step, ready to use."""
-
-    step_size: float  # lr / (1 - beta1^t)
-    weight1: float  # 1 - beta1
-    beta2: float
-    weight2: float  # 1 - beta2
-    root: float  # sqrt(1 - beta2^t)
-    eps: float
-    keep: float  # 1 - lr * weight_decay
-    ema_weight: float  # 1 - ema_decay
-
-
 class StepStats(NamedTuple):
     """What one optimizer step saw; tensors, so that nothing waits for the device."""
 
@@ -110,44 +97,28 @@ class StepStats(NamedTuple):
     """Norm of the gradient that the prior gives the logits, its strength included."""
 
 
-def adamw_step(
-    bases: Tensor,  # (K, P)  updated in place
-    grads: Tensor,  # (R, P)  plain gradients
-    weights: Tensor,  # (R, K)  of the gradients in those of the bases
-    exp_avg: Tensor,  # (K, P)  first moment, updated in place
-    exp_avg_sq: Tensor,  # (K, P)  second moment, updated in place
-    ema: Tensor,  # (K, P)  averaged bases, updated in place
-    hyperparameters: Hyperparameters,
-) -> None:
-    """Take one AdamW step with the K bases of a segment, and average them.
-
-    With one gradient, basis k has the gradient weights[0, k] * grads[0].
-    """
-    step_size, weight1, beta2, weight2, root, eps, keep, ema_weight = hyperparameters
-    grads = grads.to(bases.dtype)
-    basis_grads = weights.t() * grads if len(grads) == 1 else weights.t() @ grads  # (K, P)
-    bases.mul_(keep)
-    exp_avg.lerp_(basis_grads, weight1)
-    exp_avg_sq.mul_(beta2).addcmul_(basis_grads, basis_grads, value=weight2)
-    bases.addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(root).add_(eps), value=-step_size)
-    ema.lerp_(bases, ema_weight)
-
-
 class MixtureAdamW:
     """The optimizer of a mixture: its state, and one step of it.
 
     Args:
         mixture: Its bases, shared parameters and logits are updated in place.
         config: Rates and decays.
+        compile: Whether updates run as compiled kernels; by default on a GPU. The first step of
+            each shape then takes seconds.
     """
 
-    def __init__(self, mixture: Mixture, config: OptimizerConfig) -> None:
+    def __init__(
+        self, mixture: Mixture, config: OptimizerConfig, compile: bool | None = None
+    ) -> None:
         self.mixture, self.config = mixture, config
         masters = [segment.bases for segment in mixture.segments]
         masters.append(mixture.logits.detach().view(1, -1))
         self.exp_avg = [torch.zeros_like(values) for values in masters]
         self.exp_avg_sq = [torch.zeros_like(values) for values in masters]
-        self.ema = [values.clone() for values in masters]
+        self.compile = mixture.device.type == "cuda" if compile is None else compile
+        self._ema = [values.clone() for values in masters]
+        # (K,) each: the share in which the average has yet to take in the weights as they are.
+        self._pending = [[0.0] * len(values) for values in masters]
         # Steps that each basis took: with frozen one-hot coefficients an expert that was not drawn
         # does not move, as if it were trained alone.
         self.basis_steps = [0] * mixture.num_bases
@@ -180,18 +151,20 @@ class MixtureAdamW:
         return StepStats(norm, task.norm(), prior.norm())
 
     @property
-    def ema_bases(self) -> list[Tensor]:
-        """The averaged bases of each segment, (K, P)."""
-        return self.ema[:-1]
-
-    @property
-    def ema_logits(self) -> Tensor:
-        """The averaged logits, shaped as the mixture's."""
-        return self.ema[-1].view_as(self.mixture.logits)
+    def ema(self) -> list[Tensor]:
+        """The averages of each segment's bases, (K, P), and of the logits (1, L * N * K)."""
+        for i, pending in enumerate(self._pending):
+            masters = self._masters(i)
+            for k, weight in enumerate(pending):
+                if weight:
+                    self._ema[i][k].lerp_(masters[k], weight)
+                    pending[k] = 0.0
+        return self._ema
 
     def averaged(self) -> AbstractContextManager[None]:
         """Use the averaged weights inside a `with`."""
-        return self.mixture.swapped(self.ema_bases, self.ema_logits)
+        *bases, logits = self.ema
+        return self.mixture.swapped(bases, logits.view_as(self.mixture.logits))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return both moments of every parameter, by kind and name; views."""
@@ -291,24 +264,25 @@ class MixtureAdamW:
     ) -> None:
         """Step with the weights number `i`, all of its bases or one, chunk by chunk."""
         rows = slice(None) if basis is None else slice(basis, basis + 1)
-        segments = self.mixture.segments
-        bases = segments[i].bases if i < len(segments) else self.mixture.logits.view(1, -1)
-        states = [
-            values[rows] for values in (bases, self.exp_avg[i], self.exp_avg_sq[i], self.ema[i])
-        ]
+        arrays = (self._masters(i), self.exp_avg[i], self.exp_avg_sq[i], self._ema[i])
+        bases, exp_avg, exp_avg_sq, ema = (values[rows] for values in arrays)
         if weights is None:
             weights = torch.ones(1, 1, device=bases.device, dtype=bases.dtype)
-        hyperparameters = self._hyperparameters(steps, *rates)
-        size = bases.shape[1] if bases.is_cuda else max(1, CHUNK // len(states[0]))
-        for start in range(0, bases.shape[1], size):
-            part = slice(start, start + size)
-            values, exp_avg, exp_avg_sq, ema = (state[:, part] for state in states)
-            adamw_step(values, grads[:, part], weights, exp_avg, exp_avg_sq, ema, hyperparameters)
+        numbers = self._numbers(steps, *rates, self._pending[i][rows][0])
+        kernels.update((bases, exp_avg, exp_avg_sq, ema), grads, weights, numbers, self.compile)
+        self._pending[i][rows] = [self.config.ema_weight(steps)] * len(bases)
 
-    def _hyperparameters(self, steps: int, lr: float, weight_decay: float) -> Hyperparameters:
+    def _masters(self, i: int) -> Tensor:
+        """Return the bases (K, P) of segment i, or after the last the logits (1, L * N * K)."""
+        segments = self.mixture.segments
+        return segments[i].bases if i < len(segments) else self.mixture.logits.detach().view(1, -1)
+
+    def _numbers(
+        self, steps: int, lr: float, weight_decay: float, ema_weight: float
+    ) -> kernels.AdamW:
         beta1, beta2 = self.config.betas
         count = steps + 1
-        return Hyperparameters(
+        return kernels.AdamW(
             step_size=lr / (1 - beta1**count),
             weight1=1 - beta1,
             beta2=beta2,
@@ -316,5 +290,5 @@ class MixtureAdamW:
             root=(1 - beta2**count) ** 0.5,
             eps=self.config.eps,
             keep=1 - lr * weight_decay,
-            ema_weight=self.config.ema_weight(steps),
+            ema_weight=ema_weight,
         )

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from remixdit import kernels
+
 __all__ = ["Segment"]
 
 # Views of a flat buffer start at multiples of this many elements, for aligned vector loads.
@@ -98,10 +100,10 @@ class Segment:
         """Write sum_k coefficients[k] * bases[k] into the network; coefficients is (K,)."""
         if self.constant:
             self.refresh()
-        elif self.weights.dtype == self.bases.dtype:
-            torch.mv(self.bases.t(), coefficients, out=self.weights)
+        elif self.weights.is_cuda:
+            kernels.compiled(kernels.mix)(self.bases, coefficients, self.weights)
         else:
-            self.weights.copy_(torch.mv(self.bases.t(), coefficients))
+            kernels.mix(self.bases, coefficients, self.weights)
 
     def refresh(self) -> None:
         """Write the one basis into the network, if it has changed."""
