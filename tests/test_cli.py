@@ -1,6 +1,8 @@
 """The commands as a user calls them."""
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +79,36 @@ def test_run_without_a_terminal_is_silent(tmp_path):
     data = write_npz(tmp_path / "pictures.npz")
     done = in_process_of_its_own(f"train tiny --data {data} --output-dir {tmp_path}/run")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_long_run_without_a_terminal_says_a_line_a_minute(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("remixdit.commands.terminal.LINE_SECONDS", 0)
+    data = write_npz(tmp_path / "pictures.npz")
+    remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --experts-per-step 2")
+    last = capsys.readouterr().err.splitlines()[-1]
+    number = r"[\d.,]+"
+    assert re.fullmatch(
+        rf"remixdit: train 20/20, loss {number}, experts \d \d, {number} images/s, 0:00:00 left",
+        last,
+    )
+
+
+def test_terminal_shows_a_bar(tmp_path):
+    pty = pytest.importorskip("pty")
+    data = write_npz(tmp_path / "pictures.npz")
+    line = f"-m remixdit train tiny --data {data} --output-dir {tmp_path}/run"
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
+    process = subprocess.Popen([sys.executable, *line.split()], stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = ""
+    with contextlib.suppress(OSError):  # Linux's way to say that the terminal has no other end
+        while part := os.read(ours, 4096):
+            shown += part.decode(errors="replace")
+    os.close(ours)
+    assert process.wait() == 0
+    for part in ("train", "20/20", "loss 0.", "experts 0 1 2 3", "images/s"):
+        assert part in shown
 
 
 def test_unknown_command_is_named_with_the_one_meant(capsys):

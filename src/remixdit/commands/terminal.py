@@ -77,7 +77,7 @@ class Bar:
         speed = (done - self.first) * self.scale / max(now - self.started, 1e-9)
         shown = [fact for fact in facts if fact]
         if self.unit and speed:
-            shown.append(f"{speed:.3g} {self.unit}/s")
+            shown.append(f"{speed:,.{0 if speed >= 10 else 2}f} {self.unit}/s")
         if self.progress is not None:
             task = self.progress.task_ids[0]
             self.progress.update(task, completed=done, total=self.total, facts=", ".join(shown))
