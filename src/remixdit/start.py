@@ -60,6 +60,8 @@ def starting_model(config: TrainConfig, data: Outline) -> RemixDiT:
     """Return the model that a run starts with: new, remixed from a plain DiT, or given."""
     given = checkpoint.load_model(config.init_from) if config.init_from else None
     target = target_config(config, data, given)
+    if given is not None:
+        refuse_other_autoencoder(given.config.autoencoder, data.autoencoder)
     if given is not None and given.num_experts > 1:
         refuse_other_mixture(given.config, target)
         return given
@@ -135,6 +137,22 @@ def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:
         weights = {name: v for name, v in weights.items() if not name.startswith("y_embedder")}
     fresh.load_state_dict(weights, strict=False)
     return fresh
+
+
+def refuse_other_autoencoder(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse latents that another autoencoder made than those the model was trained on.
+
+    Compared is what both state: an imported model may know no more than a name, and the same
+    weights may lie under another.
+    """
+    for name in sorted((own.keys() & other.keys()) - {"name"}):
+        if own[name] != other[name]:
+            raise ValueError(
+                f"{name} of the data's autoencoder must be that of init_from, {own[name]}, "
+                f"got {other[name]}"
+            )
+    if "digest" in own and "digest" not in other:
+        raise ValueError(f"data must be latents of {own['name']}, as for init_from, got pixels")
 
 
 def refuse_other_mixture(given: RemixConfig, target: RemixConfig) -> None:

@@ -163,6 +163,8 @@ class TrainConfig:
     """auto, cpu or cuda."""
     precision: str = "fp32"
     """fp32, or bf16: a bfloat16 network under float32 bases."""
+    compile: bool = False
+    """Compile the network, once for all experts, and the update (on a GPU it always is)."""
     network: DiTConfig = field(default_factory=DiTConfig)
     """Shape of the network; input_size, in_channels and num_classes are taken from the data."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

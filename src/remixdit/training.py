@@ -63,8 +63,12 @@ class Training:
         self.config, self.ranks = config, ranks
         self.device = distributed.pick_device(config.device)
         self.model = model.to(self.device)
-        self.optimizer = MixtureAdamW(self.model.mixture, config.optimizer)
+        self.optimizer = MixtureAdamW(
+            self.model.mixture, config.optimizer, compile=config.compile or None
+        )
         self.model.mixture.cast_network(PRECISIONS[config.precision])
+        if config.compile:
+            self.model.network.compile()
         self.strata = training_strata(self.model, config)
         self.loader = Loader(
             dataset,
@@ -76,8 +80,9 @@ class Training:
         )
         self.stack: ExpertStack | None = None
         experts = config.strata_per_step if self.model.num_experts > 1 else 1
-        # Micro-batches are asked for to save memory, and a stack takes more.
-        if not config.micro_batch_size and stacks(self.model.mixture, experts):
+        # Micro-batches are asked for to save memory, and a stack takes more; compiled, the
+        # network runs one expert at a time.
+        if not (config.micro_batch_size or config.compile) and stacks(self.model.mixture, experts):
             self.stack = ExpertStack(self.model.mixture, experts)
         self.step = 0
         self.window = self._new_window()
