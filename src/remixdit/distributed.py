@@ -6,12 +6,19 @@ Every function works on a single process without a process group, and then does 
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from remixdit import heartbeat
+
 __all__ = ["Ranks", "all_reduce", "barrier", "pick_device", "start", "stop"]
+
+# A first compilation or encoding may take long; who is gone is found by its heartbeat.
+COLLECTIVE_TIMEOUT = timedelta(hours=24)
+SMALL_BYTES = 2**20  # tensors up to this size are reduced together
 
 
 @dataclass(frozen=True)
@@ -46,22 +53,47 @@ def start(device: torch.device) -> Ranks:
     if num_ranks == 1:
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if on_gpu else None,
+        )
+        heartbeat.start(dist.get_rank(), num_ranks)
     return Ranks(dist.get_rank(), num_ranks)
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    heartbeat.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes."""
-    if dist.is_initialized():
-        pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for work in pending:
-            work.wait()
+def all_reduce(tensors: Iterable[Tensor]) -> int:
+    """Replace each tensor by its sum over all processes.
+
+    Returns:
+        Bytes that this process handed over.
+    """
+    if not dist.is_initialized():
+        return 0
+    small: dict[torch.dtype, list[Tensor]] = {}
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.nbytes > SMALL_BYTES:
+            parts.append(tensor)
+        else:
+            small.setdefault(tensor.dtype, []).append(tensor)
+    joined = [torch.cat([tensor.flatten() for tensor in group]) for group in small.values()]
+    pending = [dist.all_reduce(part, async_op=True) for part in parts + joined]
+    for work in pending:
+        work.wait()
+    for group, flat in zip(small.values(), joined, strict=True):
+        sizes = [tensor.numel() for tensor in group]
+        for tensor, values in zip(group, torch.split(flat, sizes), strict=True):
+            tensor.copy_(values.view_as(tensor))
+    return sum(part.nbytes for part in parts + joined)
 
 
 def barrier() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from remixdit.coefficients import KINDS, check_counts, initial_table, prior_bases
 from remixdit.segments import Segment
-from remixdit.selection import MIXED, block_of, mixed_names, tied_names
+from remixdit.selection import MIXED, block_of, grouped, keeps_float32, mixed_names, tied_names
 
 __all__ = ["Mixture"]
 
@@ -88,27 +88,14 @@ class Mixture:
         self._rows: list[Tensor] = []  # (L, K) coefficients of this step's experts
 
     def _segments(self, names: set[str], num_tables: int) -> Iterator[Segment]:
-        """Group the trainable parameters by table and by the dtypes that they can take."""
-        groups: dict[tuple[int | None, torch.dtype, bool], dict[str, nn.Parameter]] = {}
-        for name, parameter in self.network.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            table: int | None = None
-            if name in names:
-                table = block_of(name) % num_tables if self.per_block else 0  # -1 is the last
-            group = (table, parameter.dtype, self._keeps_float32(name))
-            groups.setdefault(group, {})[name] = parameter
-        if not any(table is not None for table, _, _ in groups):
+        """Lay the trainable parameters out, together what is mixed and stored alike."""
+        groups = grouped(self.network, names, num_tables if self.per_block else 1)
+        if all(table is None for table, _, _ in groups):
             raise ValueError(f"mixed must match a trainable parameter, got {list(self.patterns)}")
         fixed = self.num_bases == 1 and self.kind != "raw"
         for (table, _, _), parameters in groups.items():
             shared = table is None
             yield Segment(parameters, table, 1 if shared else self.num_bases, shared or fixed)
-
-    def _keeps_float32(self, name: str) -> bool:
-        """Whether the network asks for float32 for this parameter, by `float32_modules`."""
-        kept = getattr(self.network, "float32_modules", ())
-        return any(part in kept for part in name.split("."))
 
     def cast_network(self, dtype: torch.dtype) -> None:
         """Let the network hold its weights in `dtype`, such as bfloat16.
@@ -117,7 +104,7 @@ class Mixture:
         when an expert is written.
         """
         for segment in self.segments:
-            if not self._keeps_float32(segment.names[0]):
+            if not keeps_float32(self.network, segment.names[0]):
                 segment.cast(dtype)
         self.weights_changed()
 
@@ -273,12 +260,22 @@ class Mixture:
                 segment.grads[len(self._rows) - 1] += grad
             segment.scratch.zero_()
 
-    def folded_dots(self) -> list[Tensor]:
-        """Return the (L, K) gradients of coefficients that were taken in while folding.
+    @torch.no_grad()
+    def to_reduce(self) -> list[Tensor]:
+        """Return what several processes have to sum: the gradients of this step.
 
-        With several processes they are summed like the gradients themselves; otherwise empty.
+        Of M plain gradients and K of the bases it is whichever is fewer; with those of the bases
+        go the gradients of the coefficients, as they need the plain ones.
         """
-        return [dots for _, dots in self._collected] if self._folded else []
+        # Free coefficients do not sum to 1, and clipping needs the sum of the plain gradients.
+        if not self._folded and len(self._rows) > self.num_bases and self.kind != "raw":
+            self._collected = self.coefficient_grads()
+            for segment in self.segments:
+                if segment.is_mixed:
+                    segment.fold_grads(self.basis_weights(segment))
+            self._folded = True
+        grads = [segment.grads for segment in self.segments if segment.grads is not None]
+        return grads + [dots for _, dots in self._collected if self._folded]
 
     def basis_weights(self, segment: Segment) -> Tensor:
         """Return (R, K): the gradient of basis k is sum_r basis_weights[r, k] * grads[r]."""

@@ -19,6 +19,7 @@ __all__ = ["Segment"]
 
 # Views of a flat buffer start at multiples of this many elements, for aligned vector loads.
 ALIGNMENT = 64
+FOLDED_AT_ONCE = 2**20  # numbers of a gradient: the result of each product is temporary
 
 
 class Segment:
@@ -53,6 +54,7 @@ class Segment:
             values.copy_(parameter.detach())
         self.grads: Tensor | None = None
         self.scratch: Tensor | None = None
+        self._grads_storage: Tensor | None = None
         self.cast(first.dtype)
 
     @property
@@ -84,7 +86,7 @@ class Segment:
         if not (self.constant and dtype == self.bases.dtype):
             self.weights = self.bases[0].to(dtype, copy=True)
         self._written = self.bases._version
-        self.grads = self.scratch = None
+        self.grads = self.scratch = self._grads_storage = None
         self._attach()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -92,7 +94,7 @@ class Segment:
         aliased = self.is_aliased
         self.bases = fn(self.bases)
         self.weights = self.bases[0] if aliased else fn(self.weights)
-        self.grads = self.scratch = None
+        self.grads = self.scratch = self._grads_storage = None
         self._written = -1
         self._attach()
 
@@ -115,9 +117,11 @@ class Segment:
         """Allocate `rows` gradients; unless `direct`, the network writes to a scratch one."""
         master, size = self.bases.dtype, self.bases.shape[1]
         dtype = self.weights.dtype if direct else master
-        if self.grads is None or self.grads.shape[0] != rows or self.grads.dtype != dtype:
-            self.grads = self.weights.new_zeros(rows, size, dtype=dtype)
+        kept = self._grads_storage
+        if kept is None or kept.shape[0] != rows or kept.dtype != dtype:
+            self._grads_storage = self.weights.new_zeros(rows, size, dtype=dtype)
             self.scratch = None if direct else self.weights.new_zeros(size)
+        self.grads = self._grads_storage
         self.point_grads(0)
 
     def point_grads(self, row: int) -> None:
@@ -126,6 +130,14 @@ class Segment:
         target = self.grads[row] if self.scratch is None else self.scratch
         for parameter, grad in zip(self.parameters, self.views(target), strict=True):
             parameter.grad = grad
+
+    def fold_grads(self, weights: Tensor) -> None:
+        """Turn R plain gradients into those of K < R bases, in place; weights is (R, K)."""
+        assert self.grads is not None
+        mix = weights.t().to(self.grads.dtype)
+        for part in torch.split(self.grads, FOLDED_AT_ONCE, 1):
+            part[: len(mix)] = mix @ part
+        self.grads = self.grads[: len(mix)]
 
     def _attach(self) -> None:
         """Make the network's parameters views of `weights`."""

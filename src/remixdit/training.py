@@ -85,6 +85,7 @@ class Training:
         if not (config.micro_batch_size or config.compile) and stacks(self.model.mixture, experts):
             self.stack = ExpertStack(self.model.mixture, experts)
         self.step = 0
+        self.reduced_bytes = 0  # of gradients, in the last step
         self.window = self._new_window()
 
     def resume(self) -> None:
@@ -102,8 +103,8 @@ class Training:
         mixture = self.model.mixture
         inputs = step_inputs(self.model, batch, plan, config)
         train_step(self.model, inputs, plan, self.window, self.stack, config.micro_batch_size)
-        grads = [segment.grads for segment in mixture.segments if segment.grads is not None]
-        distributed.all_reduce([*grads, *mixture.folded_dots()])
+        if self.ranks.num_ranks > 1:
+            self.reduced_bytes = distributed.all_reduce(mixture.to_reduce())
         strength = config.mixture.prior_at(self.step, config.steps)
         self.window.add_stats(self.optimizer.step(self.step, config.steps, strength))
         self.step += 1
@@ -125,6 +126,7 @@ class Training:
             "prior_strength": config.mixture.prior_at(self.step - 1, config.steps),
             "learning_rate": config.optimizer.learning_rate
             * config.optimizer.lr_factor(self.step - 1, config.steps),
+            "reduced_bytes": self.reduced_bytes,
         }
         if not (math.isfinite(row["loss"]) or self.window.last_grad_norm.isfinite()):
             raise ArithmeticError(
@@ -168,6 +170,7 @@ def train(config: TrainConfig) -> Iterator[Progress]:
     settings = {**config.to_json(), "data_digest": dataset.digest}
     check_run(config.output_dir, settings, MAY_CHANGE)
     training = Training(config, model, dataset, ranks)
+    distributed.barrier()  # nobody is still looking at what the directory holds
     if ranks.is_first:
         claim_run(config.output_dir, settings)
     distributed.barrier()
