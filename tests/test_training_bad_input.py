@@ -98,7 +98,7 @@ def refused_data(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_missing_data_are_named(tmp_path, capsys):
     gone = tmp_path / "no" / "such"
-    assert refused_data(gone, tmp_path, capsys) == f"{gone}: no such file or folder"
+    assert refused_data(gone, tmp_path, capsys).startswith(f"{gone}: no such file or folder")
 
 
 def test_folder_without_images_is_refused(tmp_path, capsys):

@@ -40,7 +40,7 @@ def remixed(size: str, published_fid: str) -> Preset:
     """Return the fine-tuning of a published size with all experts in every step."""
     return Preset(
         f"fine-tune a pre-trained DiT-{size} (--from) into K = 4, N = 20, all experts every step",
-        f"not measured; published with one expert a step: {published_fid}",
+        f"not measured; published with one expert a step: FID {published_fid}",
         {"network": DiTConfig.named(size), "optimizer": FINE_TUNING},
     )
 
@@ -94,18 +94,18 @@ PRESETS = {
     ),
     "published": fine_tuned_s2(
         "the paper's method, one expert a step, its prior",
-        "not measured; published: 26.51 -> 22.84",
+        "not measured; published: FID 26.51 -> 22.84",
         mixture=MixtureConfig(experts_per_step=1, prior_strength=1e-4),
     ),
     "continued": fine_tuned_s2(
         "the baseline, a plain DiT, with timesteps stratified as those of 20 experts are",
-        "not measured; published without strata: 26.51 -> 26.05",
+        "not measured; published without strata: FID 26.51 -> 26.05",
         mixture=PLAIN,
         objective=ObjectiveConfig(timestep_strata=20),
     ),
     "independent": fine_tuned_s2(
         "8 experts that share nothing, one a step, so each gets 1/8 of the steps",
-        "not measured; published: 26.51 -> 25.00",
+        "not measured; published: FID 26.51 -> 25.00",
         mixture=MixtureConfig(
             num_bases=8, num_experts=8, mixed="all", coefficients="one_hot", experts_per_step=1
         ),
