@@ -334,8 +334,11 @@ def download(repo_id: str) -> Path:
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the file beside its place, then rename it."""
     beside = path.with_name(f".{path.name}.partial")
-    write(beside)
-    beside.replace(path)
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def model_card(config: RemixConfig) -> str:

@@ -5,6 +5,7 @@ metrics.jsonl   one JSON object a line; `step` is the number of optimizer steps 
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,14 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def append_metrics(directory: Path, row: Mapping[str, Any]) -> None:
     """Add a line to `metrics.jsonl`."""
     with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps({name: strict(value) for name, value in row.items()}) + "\n")
+
+
+def strict(value: Any) -> Any:
+    """Return a value as strict JSON has it: what is not finite is null."""
+    if isinstance(value, list):
+        return [strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -124,7 +132,7 @@ class Board:
                 for i, part in enumerate(value):
                     if part is not None:
                         self._scalar(f"{name}/{i:03d}", part, row["step"])
-            elif name != "step":
+            elif name != "step" and value is not None:
                 self._scalar(name, value, row["step"])
 
     def add_coefficients(

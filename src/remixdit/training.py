@@ -18,7 +18,7 @@ Shapes: C H W latents.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 from remixdit import checkpoint, distributed
 from remixdit.autoencoder import load_autoencoder
 from remixdit.data import Batch, EncodeConfig, Loader, ShardDataset, prepare
+from remixdit.data import Progress as Encoded
 from remixdit.distributed import Ranks
 from remixdit.model import RemixDiT
 from remixdit.optim import MixtureAdamW
@@ -40,6 +41,9 @@ from remixdit.train_step import StepPlan, Window, plan_step, step_inputs, train_
 __all__ = ["Progress", "Training", "train"]
 
 logger = logging.getLogger(__name__)
+
+
+Report = Callable[[Encoded], None]
 
 
 class Progress(NamedTuple):
@@ -156,17 +160,21 @@ class Training:
         return Window(self.strata.num_experts, self.device)
 
 
-def train(config: TrainConfig) -> Iterator[Progress]:
+def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progress]:
     """Train, step by step; every step is reported.
 
     The caller may stop asking at any time: the run goes on from its last checkpoint when the same
     configuration is trained again.
+
+    Args:
+        config: The run.
+        report: Is told how far the data are encoded, where they have to be, before the first step.
     """
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
     check_run(config.output_dir, config.to_json(), {*MAY_CHANGE, "data_digest"})
     model = starting_model(config, outline_of(config))
-    dataset = open_dataset(config, ranks)
+    dataset = open_dataset(config, ranks, report)
     settings = {**config.to_json(), "data_digest": dataset.digest}
     check_run(config.output_dir, settings, MAY_CHANGE)
     training = Training(config, model, dataset, ranks)
@@ -196,13 +204,13 @@ def is_due(step: int, config: TrainConfig, *every: int) -> bool:
     return step == config.steps or any(each and step % each == 0 for each in every)
 
 
-def open_dataset(config: TrainConfig, ranks: Ranks) -> ShardDataset:
+def open_dataset(config: TrainConfig, ranks: Ranks, report: Report | None) -> ShardDataset:
     """Open the shards, or encode the pixels of a source into the run's directory once."""
     size = config.image_size or config.network.input_size
     encode = EncodeConfig(image_size=size, seed=config.seed)
     cache = config.output_dir / DATA_DIR
     if ranks.is_first:
-        skipped = prepare(config.data, cache, encode).index["skipped"]
+        skipped = prepare(config.data, cache, encode, report=report).index["skipped"]
         if skipped:
             logger.warning(
                 "%d images of %s are left out, such as %s: %s",

@@ -42,6 +42,9 @@ class LoaderArguments(LoaderConfig):
 def run(args: Sequence[str]) -> None:
     """Measure this machine."""
     what, *rest = args or [""]
+    if what in ("-h", "--help"):
+        print("usage: remixdit bench train|sample|data [OPTIONS]; each has a --help of its own")
+        return
     if what == "data":
         loader = parse(LoaderArguments, rest, "bench data")
         report(bench_loader(base_config(loader, LoaderConfig)), loader.json)

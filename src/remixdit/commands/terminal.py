@@ -87,6 +87,15 @@ class Bar:
             say(text)
             self.said = now
 
+    def show(self, fact: str) -> None:
+        """Show what happens before the first step."""
+        now = time.monotonic()
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], facts=fact)
+        elif now - self.said >= LINE_SECONDS:
+            say(fact)
+            self.said = now
+
 
 def clock(seconds: float) -> str:
     """Return hours, minutes and seconds, such as 1:02:03."""

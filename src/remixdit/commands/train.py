@@ -10,6 +10,7 @@ from remixdit import distributed
 from remixdit.checkpoint import newest_checkpoint
 from remixdit.commands.arguments import base_config, parse
 from remixdit.commands.terminal import Bar, say
+from remixdit.data import Progress as Encoded
 from remixdit.presets import PRESETS, preset
 from remixdit.train_config import TrainConfig
 from remixdit.training import Progress, train
@@ -59,7 +60,11 @@ def follow(config: TrainConfig) -> None:
     """Train, with a progress bar."""
     loss, progress = "", None
     with Bar("train", config.steps, "images", config.batch_size) as bar:
-        for progress in train(config):
+
+        def encoding(done: Encoded) -> None:
+            bar.show(f"encoding {config.data}: {done.images_done} of {done.num_images} images")
+
+        for progress in train(config, encoding):
             if progress.metrics is not None:
                 loss = f"loss {progress.metrics['loss']:.4f}"
             bar.update(progress.step, loss, active(progress))

@@ -53,6 +53,8 @@ class EncodedDir:
         stated = _first_json(self.parts / SETTINGS_FILE, self.directory / INDEX_FILE)
         if stated is not None:
             self._check_same(stated)
+        elif self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"output must be a directory, got the file {self.directory}")
         elif self.directory.exists() and {path.name for path in self.directory.iterdir()} - {
             PARTS_DIR  # another process is about to state the same
         }:
