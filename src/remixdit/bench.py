@@ -235,7 +235,13 @@ def naive_step(config: BenchConfig, device: torch.device) -> Step:
         naive.network.compile()
     model = build(config, 1, 1)  # its noise process and intervals
     intervals = RemixConfig(num_experts=config.num_experts).intervals()
-    run = TrainConfig(data="", output_dir=Path(), batch_size=config.batch_size, seed=config.seed)
+    run = TrainConfig(
+        data="",
+        output_dir=Path(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        mixture=MixtureConfig(num_bases=1, num_experts=1),
+    )
     batch, process = images(config), Diffusion()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
