@@ -7,6 +7,7 @@ sense; 130 interrupted. Results go to stdout, all else to stderr.
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ COMMANDS = {
 # what their files meet on a full disk.
 MACHINE_ERRORS = ("OutOfMemoryError", "SafetensorError")
 
+PATIENCE_SECONDS = 3  # of all processes but the first, before they speak of errors
+
 HELP = """\
 usage: remixdit COMMAND ...
 
@@ -54,7 +57,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt as interrupt:
-        complain(str(interrupt) or "interrupted")
+        if os.environ.get("RANK", "0") == "0":  # all processes are interrupted at once
+            complain(str(interrupt) or "interrupted")
         return 130
     except ValueError as error:
         return failed(error, 2)
@@ -109,5 +113,12 @@ def failed(error: Exception, code: int) -> int:
 
 
 def complain(text: str) -> None:
-    """Write one line to stderr."""
-    print(f"remixdit: {text}", file=sys.stderr)
+    """Write one line to stderr.
+
+    What is wrong with a request is wrong for every process, and the first says it. Another waits:
+    it speaks if torchrun has not ended it by then, for what went wrong is its own.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "remixdit" if rank == "0" else f"remixdit, process {rank}"
+    time.sleep(0 if rank == "0" else PATIENCE_SECONDS)
+    print(f"{who}: {text}", file=sys.stderr)

@@ -16,15 +16,16 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 __all__ = ["Heartbeat", "start", "stop"]
 
-BEAT_SECONDS = 5.0
-PATIENCE_SECONDS = 60.0  # without a beat: longer than any pause of an interpreter
+SECONDS = 5.0  # between beats; the environment may say otherwise
+PATIENCE = 12  # beats: longer than any pause of an interpreter
 
 running: list["Heartbeat"] = []  # at most one
 
 
 def start(rank: int, num_ranks: int) -> None:
     """Begin to count, and to watch the next process."""
-    running.append(Heartbeat(rank, num_ranks))
+    seconds = float(os.environ.get("REMIXDIT_HEARTBEAT_SECONDS", SECONDS))
+    running.append(Heartbeat(rank, num_ranks, seconds))
 
 
 def stop() -> None:
@@ -41,20 +42,13 @@ class Heartbeat:
         rank: Of this process.
         num_ranks: All processes.
         seconds: Between beats.
-        patience: Seconds without a beat after which a process counts as gone.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        num_ranks: int,
-        seconds: float = BEAT_SECONDS,
-        patience: float = PATIENCE_SECONDS,
-    ) -> None:
+    def __init__(self, rank: int, num_ranks: int, seconds: float) -> None:
         self.rank, self.next_rank = rank, (rank + 1) % num_ranks
-        self.seconds, self.patience = seconds, patience
+        self.seconds, self.patience = seconds, PATIENCE * seconds
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self.patience))
         # A restart by torchrun must not hear of the dead of the attempt before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = PrefixStore(f"remixdit/{attempt}", store)

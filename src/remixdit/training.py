@@ -26,7 +26,7 @@ import torch
 
 from remixdit import checkpoint, distributed
 from remixdit.autoencoder import load_autoencoder
-from remixdit.data import Batch, EncodeConfig, Loader, ShardDataset, prepare
+from remixdit.data import Batch, EncodeConfig, Loader, ShardDataset, check_batch_size, prepare
 from remixdit.data import Progress as Encoded
 from remixdit.distributed import Ranks
 from remixdit.model import RemixDiT
@@ -172,6 +172,7 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     """
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
+    check_batch_size(config.batch_size, ranks.num_ranks)
     check_run(config.output_dir, config.to_json(), {*MAY_CHANGE, "data_digest"})
     model = starting_model(config, outline_of(config))
     dataset = open_dataset(config, ranks, report)

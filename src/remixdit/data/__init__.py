@@ -8,7 +8,7 @@ for batch in loader.batches(first_step=0): ...          # batch.latents (B, C, H
 
 from remixdit.data.check import Report, check
 from remixdit.data.encoding import EncodeConfig, Progress, encode
-from remixdit.data.loader import Batch, Loader
+from remixdit.data.loader import Batch, Loader, check_batch_size
 from remixdit.data.prepare import prepare
 from remixdit.data.shards import ShardDataset, is_shard_dir
 from remixdit.data.source import Source, UnreadableImageError
@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "UnreadableImageError",
     "check",
+    "check_batch_size",
     "encode",
     "is_shard_dir",
     "open_source",

@@ -19,7 +19,7 @@ from torch import Tensor
 from remixdit.data.permutation import permuted
 from remixdit.data.shards import ShardDataset
 
-__all__ = ["Batch", "Loader"]
+__all__ = ["Batch", "Loader", "check_batch_size"]
 
 NUM_AHEAD = 3  # batches made while the network runs
 
@@ -49,12 +49,7 @@ class Loader:
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if batch_size % num_ranks:
-            raise ValueError(
-                f"batch_size must be a multiple of the {num_ranks} processes, got {batch_size}"
-            )
+        check_batch_size(batch_size, num_ranks)
         dataset.check_mirror(mirror)
         self.dataset, self.batch_size, self.seed, self.mirror = dataset, batch_size, seed, mirror
         share = batch_size // num_ranks
@@ -85,3 +80,13 @@ class Loader:
             return batch
         # Pinned memory lets the copy to the GPU run beside its work.
         return Batch(batch.latents.pin_memory(), batch.class_labels.pin_memory(), batch.positions)
+
+
+def check_batch_size(batch_size: int, num_ranks: int) -> None:
+    """Refuse a batch that cannot be shared equally."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size % num_ranks:
+        raise ValueError(
+            f"batch_size must be a multiple of the {num_ranks} processes, got {batch_size}"
+        )
