@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -206,12 +207,16 @@ def start_long_run(line: str, run: Path) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         command(f"{line} {options}", 2), stderr=subprocess.PIPE, text=True, env=environment()
     )
+    wait_for_checkpoint(run)
+    return process
+
+
+def wait_for_checkpoint(run: Path) -> None:
+    """Wait until a run has saved."""
     deadline = time.monotonic() + 60
     while not list((run / "checkpoints").glob("step-*")):
         assert time.monotonic() < deadline
-        assert process.poll() is None
         time.sleep(0.05)
-    return process
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -237,3 +242,48 @@ def test_a_process_that_hangs_ends_the_run(train, tmp_path, monkeypatch):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "remixdit: error: process 0 ends, as process 1 no longer answers" in errors
+
+
+def start_host(line: str, port: int) -> "subprocess.Popen[str]":
+    """Start one of two hosts with one process each, which meet on a port."""
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint localhost:{port} --local-addr localhost"
+    torchrun = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-id run {meeting}"
+    return subprocess.Popen(
+        [sys.executable, *f"{torchrun} -m remixdit {line}".split()],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one_process_does(train, tmp_path):
+    port = free_port()
+    remixdit(f"{train} --output-dir {tmp_path}/one")
+    hosts = [start_host(f"{train} --output-dir {tmp_path}/two", port) for _ in range(2)]
+    for host in hosts:
+        _, errors = host.communicate(timeout=120)
+        assert host.returncode == 0, errors
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_host_ends_the_run(lost, train, tmp_path):
+    port, run = free_port(), tmp_path / "run"
+    options = f"--steps 100000 --save-every 1 --output-dir {run}"
+    hosts = [start_host(f"{train} {options}", port) for _ in range(2)]
+    wait_for_checkpoint(run)
+    for pid in (*worker_pids(hosts[lost].pid), hosts[lost].pid):
+        os.kill(pid, signal.SIGKILL)
+    _, errors = hosts[1 - lost].communicate(timeout=60)
+    assert hosts[1 - lost].returncode == 1, errors
+    hosts[lost].communicate()
