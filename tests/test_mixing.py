@@ -205,6 +205,21 @@ def test_rounds_of_accumulation_equal_one_batch():
         torch.testing.assert_close(values, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
+def test_the_number_of_experts_may_change_from_step_to_step():
+    """K plain gradients, then K accumulated ones: the same shapes, filled in other ways."""
+    found = []
+    for before in ((), (0, 1, 2)):
+        mixture = random_mixture()
+        for experts in filter(None, (before, (0, 1, 2, 3, 4))):
+            mixture.begin_step(len(experts))
+            for expert in experts:
+                mixture.begin_expert(expert)
+                torch.autograd.backward(mixture.network(*batch(mixture.network)).square().mean())
+                mixture.collect()
+        found.append(next(s for s in mixture.segments if s.is_mixed).grads.clone())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("experts", [(2,), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_bfloat16_network_has_float32_bases_and_nearly_the_same_gradients(experts, rounds):

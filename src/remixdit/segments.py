@@ -118,7 +118,8 @@ class Segment:
         master, size = self.bases.dtype, self.bases.shape[1]
         dtype = self.weights.dtype if direct else master
         kept = self._grads_storage
-        if kept is None or kept.shape[0] != rows or kept.dtype != dtype:
+        fits = kept is not None and kept.shape[0] == rows and kept.dtype == dtype
+        if not fits or (self.scratch is None) != direct:
             self._grads_storage = self.weights.new_zeros(rows, size, dtype=dtype)
             self.scratch = None if direct else self.weights.new_zeros(size)
         self.grads = self._grads_storage
