@@ -31,6 +31,7 @@ __all__ = [
     "Found",
     "damage_named",
     "find_model",
+    "hand_over",
     "load_model",
     "newest_checkpoint",
     "restore",
@@ -67,6 +68,14 @@ def save(run_dir: Path, step: int, model: RemixDiT, optimizer: MixtureAdamW, kee
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def hand_over(model: RemixDiT, optimizer: MixtureAdamW) -> None:
+    """Hand over this process's slices, in the order in which `save` asks for them."""
+    model.mixture.state_dict()
+    with optimizer.averaged():
+        model.mixture.state_dict()
+    optimizer.state_dict()
 
 
 def restore(directory: Path, model: RemixDiT, optimizer: MixtureAdamW) -> int:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KINDS", "check_counts", "initial_table", "prior_bases"]
+__all__ = ["KINDS", "check_counts", "initial_table", "own_basis_loss", "prior_bases"]
 
 # softmax of the logits; the logits themselves, learned; frozen, one basis each
 KINDS = ("softmax", "raw", "one_hot")
@@ -28,6 +28,13 @@ def check_counts(num_bases: int, num_experts: int) -> None:
 def prior_bases(num_bases: int, num_experts: int) -> Tensor:
     """Return (N,) each expert's own basis floor(n K / N)."""
     return torch.arange(num_experts) * num_bases // num_experts
+
+
+def own_basis_loss(tables: Tensor) -> Tensor:
+    """Return (N,) mean cross-entropies of (L, N, K) logits to each expert's own basis."""
+    num_experts, num_bases = tables.shape[1:]
+    own = prior_bases(num_bases, num_experts).to(tables.device)
+    return -F.log_softmax(tables, -1)[:, torch.arange(num_experts), own].mean(0)
 
 
 def initial_table(num_bases: int, num_experts: int, kind: str, symmetry: float) -> Tensor:

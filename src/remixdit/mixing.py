@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from remixdit.coefficients import KINDS, check_counts, initial_table, prior_bases
-from remixdit.segments import Segment
+from remixdit.coefficients import KINDS, check_counts, initial_table, own_basis_loss
+from remixdit.segments import Segment, check_same_shapes
 from remixdit.selection import MIXED, block_of, grouped, keeps_float32, mixed_names, tied_names
+from remixdit.sharding import Shard, total_of
 
 __all__ = ["Mixture"]
 
@@ -79,6 +79,7 @@ class Mixture:
         if per_block:
             table = table.expand(num_tables, -1, -1).clone()
         self.logits = nn.Parameter(table.to(masters), requires_grad=coefficients != "one_hot")
+        self.sharding: Shard | None = None
         self._folded = False  # gradients of bases are accumulated, not plain ones
         self._changes = 0
         self._active: tuple[int, ...] | None = None  # what the network holds now
@@ -106,6 +107,13 @@ class Mixture:
         for segment in self.segments:
             if not keeps_float32(self.network, segment.names[0]):
                 segment.cast(dtype)
+        self.weights_changed()
+
+    def shard(self, sharding: Shard) -> None:
+        """Share the bases out over the processes; from now on all have to mix together."""
+        self.sharding = sharding
+        for segment in self.segments:
+            segment.shard(sharding)
         self.weights_changed()
 
     # --- the experts
@@ -186,9 +194,7 @@ class Mixture:
 
         Expert n's own basis is floor(n K / N); with a table for each block, the mean over them.
         """
-        own = prior_bases(self.num_bases, self.num_experts).to(self.device)
-        tables = self.logits if self.per_block else self.logits[None]
-        return -F.log_softmax(tables, -1)[:, torch.arange(self.num_experts), own].mean(0)
+        return own_basis_loss(self.logits if self.per_block else self.logits[None])
 
     # --- the gradients of one step
 
@@ -203,28 +209,30 @@ class Mixture:
             rounds: Backward passes that each expert gets; their sum is kept in float32.
         """
         folded = experts_per_step > self.num_bases
-        self._begin(experts_per_step, rounds, rounds * experts_per_step, folded)
+        self._begin(experts_per_step, rounds, folded, stacked=False)
 
     def begin_stacked_step(self, experts: Sequence[int]) -> None:
         """Make ready for the gradients of several experts that run in one pass.
 
         M plain gradients are kept, whatever K is, and are complete after one backward pass.
         """
-        self._begin(len(experts), 1, 1, folded=False)
+        self._begin(len(experts), 1, folded=False, stacked=True)
         for segment in self.segments:
             if not segment.is_mixed:
                 segment.refresh()
         for expert in experts:
             self._begin_row(expert)
 
-    def _begin(self, experts_per_step: int, rounds: int, passes: int, folded: bool) -> None:
-        """Allocate what gradients need; shared parameters get one from each of `passes`."""
+    def _begin(self, experts_per_step: int, rounds: int, folded: bool, stacked: bool) -> None:
+        """Allocate what gradients need; shared parameters get one from each pass."""
+        passes = 1 if stacked else rounds * experts_per_step
+        direct = stacked or self.sharding is None  # else each pass leaves a slice
         for segment in self.segments:
             rows, backwards = (experts_per_step, rounds) if segment.is_mixed else (1, passes)
             folds = segment.is_mixed and folded
             # Sums of several backward passes are kept in float32.
             exact = backwards == 1 or segment.weights.dtype == segment.bases.dtype
-            segment.prepare_grads(self.num_bases if folds else rows, exact and not folds)
+            segment.prepare_grads(self.num_bases if folds else rows, direct and exact and not folds)
             assert segment.grads is not None
             segment.grads.zero_()
         self._folded = folded
@@ -250,7 +258,7 @@ class Mixture:
             if segment.scratch is None:
                 continue  # back-propagation wrote to where it stays
             assert segment.grads is not None
-            grad = segment.scratch.to(segment.bases.dtype)
+            grad = segment.collect_grads()
             if not segment.is_mixed:
                 segment.grads[0] += grad
             elif self._folded:
@@ -258,7 +266,6 @@ class Mixture:
                 segment.grads.addr_(coefficients[segment.table or 0], grad)
             else:
                 segment.grads[len(self._rows) - 1] += grad
-            segment.scratch.zero_()
 
     @torch.no_grad()
     def to_reduce(self) -> list[Tensor]:
@@ -277,6 +284,13 @@ class Mixture:
         grads = [segment.grads for segment in self.segments if segment.grads is not None]
         return grads + [dots for _, dots in self._collected if self._folded]
 
+    @torch.no_grad()
+    def slice_grads(self) -> None:
+        """Keep this process's slices of the sum of what several experts left in one pass."""
+        for segment in self.segments:
+            if self.sharding is not None and segment.scratch is None and segment.grads is not None:
+                segment.grads = self.sharding.sum_own(segment.grads)
+
     def basis_weights(self, segment: Segment) -> Tensor:
         """Return (R, K): the gradient of basis k is sum_r basis_weights[r, k] * grads[r]."""
         if not segment.is_mixed or self._folded:
@@ -294,7 +308,8 @@ class Mixture:
             products = segment.grads.to(segment.bases.dtype) @ segment.bases.t()  # (M, K)
             for (_, dots), product in zip(totals, products, strict=True):
                 dots[segment.table or 0] += product
-        return totals
+        summed = total_of(torch.stack([dots for _, dots in totals]), self.sharding)
+        return [(expert, dots) for (expert, _), dots in zip(totals, summed, strict=True)]
 
     @property
     def drawn_experts(self) -> list[int]:
@@ -304,13 +319,9 @@ class Mixture:
     # --- the weights as a whole
 
     def bases(self) -> dict[str, Tensor]:
-        """Return the bases of every mixed parameter: views of shape (K, *)."""
-        return {
-            name: values
-            for segment in self.segments
-            if segment.is_mixed
-            for name, values in zip(segment.names, segment.views(segment.bases), strict=True)
-        }
+        """Return the bases of every mixed parameter: (K, *), views unless sharded."""
+        mixed = (segment.named(segment.bases) for segment in self.segments if segment.is_mixed)
+        return {name: values for named in mixed for name, values in named.items()}
 
     @torch.no_grad()
     def expert_state(self, expert: int) -> dict[str, Tensor]:
@@ -336,26 +347,21 @@ class Mixture:
                 state[f"shared.{name}"] = values
         for segment in self.segments:
             if not segment.is_mixed:  # float32, where the network may hold bfloat16
-                for name, values in zip(
-                    segment.names, segment.views(segment.bases[0]), strict=True
-                ):
-                    state[f"shared.{name}"] = values
+                named = segment.named(segment.bases[0])
+                state.update({f"shared.{name}": values for name, values in named.items()})
         return {**state, "logits": self.logits.detach()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy weights as given by `state_dict` in; refuses missing, extra or misshaped ones."""
-        own = self.state_dict()
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or extra:
-            raise ValueError(f"weights must match the model: missing {missing}, extra {extra}")
-        for name, values in own.items():
-            if values.shape != state[name].shape:
-                raise ValueError(
-                    f"{name} must have the shape {tuple(values.shape)}, "
-                    f"got {tuple(state[name].shape)}"
-                )
-            values.copy_(state[name])
+        own, state = self.state_dict(), dict(state)
+        check_same_shapes(own, state)
+        for segment in self.segments:
+            kind, bases = "bases" if segment.is_mixed else "shared", segment.bases
+            named = (state.pop(f"{kind}.{name}") for name in segment.names)
+            segment.load(bases if segment.is_mixed else bases[0], named)
+        for name, values in state.items():
+            own[name].copy_(values)
         self.weights_changed()
         self.activate(0)
 
@@ -387,13 +393,7 @@ class Mixture:
 
     @torch.no_grad()
     def _swap(self, others: list[Tensor], logits: Tensor) -> None:
-        for i, segment in enumerate(self.segments):
-            if segment.is_aliased:  # the network's storage must not move
-                kept = segment.bases.clone()
-                segment.bases.copy_(others[i])
-                others[i].copy_(kept)
-            else:
-                segment.bases, others[i] = others[i], segment.bases
+        others[:] = [s.swap(other) for s, other in zip(self.segments, others, strict=True)]
         kept = self.logits.detach().clone()
         self.logits.copy_(logits)
         logits.copy_(kept)

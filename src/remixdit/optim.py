@@ -28,6 +28,7 @@ from torch import Tensor
 from remixdit import kernels
 from remixdit.mixing import Mixture
 from remixdit.segments import Segment
+from remixdit.sharding import total_of
 
 __all__ = ["MixtureAdamW", "OptimizerConfig", "StepStats"]
 
@@ -167,21 +168,24 @@ class MixtureAdamW:
         return self.mixture.swapped(bases, logits.view_as(self.mixture.logits))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return both moments of every parameter, by kind and name; views."""
+        """Return both moments of every parameter, by kind and name; views, unless sharded."""
         state: dict[str, Tensor] = {}
         for kind in ("exp_avg", "exp_avg_sq"):
             flats = getattr(self, kind)
             for segment, flat in zip(self.mixture.segments, flats, strict=False):
-                names = (f"{kind}.{name}" for name in segment.names)
-                state.update(zip(names, segment.views(flat), strict=True))
+                named = segment.named(flat)
+                state.update({f"{kind}.{name}": values for name, values in named.items()})
             state[f"{kind}.logits"] = flats[-1].view_as(self.mixture.logits)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], basis_steps: Sequence[int]) -> None:
         """Copy moments as given by `state_dict` in; the averages are loaded with the weights."""
-        for name, values in self.state_dict().items():
-            values.copy_(state[name])
+        for kind in ("exp_avg", "exp_avg_sq"):
+            flats = getattr(self, kind)
+            for segment, flat in zip(self.mixture.segments, flats, strict=False):
+                segment.load(flat, (state[f"{kind}.{name}"] for name in segment.names))
+            flats[-1].copy_(state[f"{kind}.logits"].view(1, -1))
         self.basis_steps = list(basis_steps)
 
     @torch.no_grad()
@@ -195,7 +199,7 @@ class MixtureAdamW:
             assert segment.grads is not None
             rows = segment.grads
             total += (rows[0] if len(rows) == 1 else rows.sum(0)).float().square().sum()
-        return total.sqrt()
+        return total_of(total, self.mixture.sharding).sqrt()
 
     @torch.no_grad()
     def _clip_scale(self, norm: Tensor) -> Tensor:

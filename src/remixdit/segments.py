@@ -8,14 +8,15 @@ Shapes: K bases, P numbers of a segment (padding included), R gradients that are
 * = the shape of one parameter of the network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from remixdit import kernels
+from remixdit.sharding import Shard
 
-__all__ = ["Segment"]
+__all__ = ["Segment", "check_same_shapes"]
 
 # Views of a flat buffer start at multiples of this many elements, for aligned vector loads.
 ALIGNMENT = 64
@@ -28,9 +29,10 @@ class Segment:
     Attributes:
         names: Of the parameters, in order.
         table: Index of their coefficient table, or None for shared parameters (K = 1).
-        bases: (K, P) master weights, float32 or wider.
+        bases: (K, P) master weights, float32 or wider; this process's slice, if sharded.
         weights: (P,) the storage of the network's parameters; bases[0] itself where that serves.
-        grads: (R, P) plain gradients, or None outside of training.
+        grads: (R, P) plain gradients, or None outside of training; a slice, if sharded.
+        sharding: How the bases are shared out over processes, or None.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Segment:
     ) -> None:
         self.names = list(parameters)
         self.table = table
+        self.sharding: Shard | None = None
         self.constant = constant  # the one coefficient is 1, always
         self.parameters = list(parameters.values())
         self.shapes = [parameter.shape for parameter in self.parameters]
@@ -55,6 +58,7 @@ class Segment:
         self.grads: Tensor | None = None
         self.scratch: Tensor | None = None
         self._grads_storage: Tensor | None = None
+        self.weights: Tensor = self.bases[0]
         self.cast(first.dtype)
 
     @property
@@ -80,12 +84,56 @@ class Segment:
             for offset, shape in pairs
         ]
 
+    def named(self, own: Tensor) -> dict[str, Tensor]:
+        """Return the parameters (..., *) in what is kept like the bases.
+
+        They are views; or, if sharded, copies that only the first process has.
+        """
+        whole = own if self.sharding is None else self.sharding.collected(own)
+        return dict(zip(self.names, self.views(whole), strict=True))
+
+    def swap(self, other: Tensor) -> Tensor:
+        """Take other bases, (K, P), and return the present ones."""
+        if not self.is_aliased:
+            self._written = -1  # two tensors may have been written equally often
+            self.bases, other = other, self.bases
+            return other
+        kept = self.bases.clone()  # the network's storage must not move
+        self.bases.copy_(other)
+        return other.copy_(kept)
+
+    def load(self, own: Tensor, values: Iterable[Tensor]) -> None:
+        """Write the parameters (..., *) into what is kept like the bases, (..., P)."""
+        whole = own
+        if self.sharding is not None:
+            whole = own.new_zeros(*own.shape[:-1], len(self.weights), device="cpu")
+        for view, value in zip(self.views(whole), values, strict=True):
+            view.copy_(value)
+        if self.sharding is not None:
+            own.copy_(self.sharding.own(whole))
+
+    def shard(self, sharding: Shard) -> None:
+        """Keep only this process's slice of the bases; the network stays whole."""
+        self.sharding = sharding
+        size = self.bases.shape[1]
+        stride = ALIGNMENT * sharding.num_ranks
+        padding = (0, -(-size // stride) * stride - size)
+        self.weights = nn.functional.pad(self.weights, padding)
+        self.bases = sharding.own(nn.functional.pad(self.bases, padding)).clone()
+        self.grads = self.scratch = self._grads_storage = None
+        self._written = -1
+        self._attach()
+
     def cast(self, dtype: torch.dtype) -> None:
         """Let the network hold its weights in `dtype`; the bases keep theirs."""
-        self.weights = self.bases[0]
-        if not (self.constant and dtype == self.bases.dtype):
-            self.weights = self.bases[0].to(dtype, copy=True)
-        self._written = self.bases._version
+        if self.sharding is not None:
+            self.weights = self.weights.to(dtype)
+            self._written = -1
+        else:
+            self.weights = self.bases[0]
+            if not (self.constant and dtype == self.bases.dtype):
+                self.weights = self.bases[0].to(dtype, copy=True)
+            self._written = self.bases._version
         self.grads = self.scratch = self._grads_storage = None
         self._attach()
 
@@ -102,26 +150,43 @@ class Segment:
         """Write sum_k coefficients[k] * bases[k] into the network; coefficients is (K,)."""
         if self.constant:
             self.refresh()
-        elif self.weights.is_cuda:
-            kernels.compiled(kernels.mix)(self.bases, coefficients, self.weights)
-        else:
-            kernels.mix(self.bases, coefficients, self.weights)
+            return
+        mix = kernels.compiled(kernels.mix) if self.weights.is_cuda else kernels.mix
+        mix(self.bases, coefficients, self._own(self.weights))
+        self._gather(self.weights)
+
+    def mix_rows(self, coefficients: Tensor, out: Tensor) -> None:
+        """Write M mixtures to `out`, (M, P); coefficients is (M, K)."""
+        self._own(out).copy_(coefficients @ self.bases)
+        for row in out:
+            self._gather(row)
 
     def refresh(self) -> None:
         """Write the one basis into the network, if it has changed."""
         if not self.is_aliased and self._written != self.bases._version:
-            self.weights.copy_(self.bases[0])
+            self._own(self.weights).copy_(self.bases[0])
+            self._gather(self.weights)
             self._written = self.bases._version
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """Return the part of (..., P) that this process mixes."""
+        return whole if self.sharding is None else self.sharding.own(whole)
+
+    def _gather(self, weights: Tensor) -> None:
+        """Complete (P) weights of which this process has mixed its part."""
+        if self.sharding is not None:
+            self.sharding.gather(self._own(weights).clone(), weights)
 
     def prepare_grads(self, rows: int, direct: bool) -> None:
         """Allocate `rows` gradients; unless `direct`, the network writes to a scratch one."""
-        master, size = self.bases.dtype, self.bases.shape[1]
+        master = self.bases.dtype
+        size = len(self.weights) if direct else self.bases.shape[1]
         dtype = self.weights.dtype if direct else master
         kept = self._grads_storage
         fits = kept is not None and kept.shape[0] == rows and kept.dtype == dtype
         if not fits or (self.scratch is None) != direct:
             self._grads_storage = self.weights.new_zeros(rows, size, dtype=dtype)
-            self.scratch = None if direct else self.weights.new_zeros(size)
+            self.scratch = None if direct else torch.zeros_like(self.weights)
         self.grads = self._grads_storage
         self.point_grads(0)
 
@@ -131,6 +196,16 @@ class Segment:
         target = self.grads[row] if self.scratch is None else self.scratch
         for parameter, grad in zip(self.parameters, self.views(target), strict=True):
             parameter.grad = grad
+
+    def collect_grads(self) -> Tensor:
+        """Take one backward pass out of scratch: its gradient (P), or the slice of the sum."""
+        assert self.scratch is not None
+        grad = self.scratch
+        if self.sharding is not None:
+            grad = self.sharding.sum_own(grad)
+        grad = grad.to(self.bases.dtype, copy=True)
+        self.scratch.zero_()
+        return grad
 
     def fold_grads(self, weights: Tensor) -> None:
         """Turn R plain gradients into those of K < R bases, in place; weights is (R, K)."""
@@ -145,3 +220,15 @@ class Segment:
         for parameter, values in zip(self.parameters, self.views(self.weights), strict=True):
             parameter.data = values
             parameter.grad = None
+
+
+def check_same_shapes(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Refuse weights that are missing, unknown or of another shape."""
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(f"weights must match the model: missing {missing}, extra {extra}")
+    for name, values in own.items():
+        if values.shape != given[name].shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(values.shape)}, got {tuple(given[name].shape)}"
+            )

@@ -57,8 +57,7 @@ class ExpertStack:
         """Mix the M experts and make ready for their gradients."""
         self.mixture.begin_stacked_step(experts)
         for segment, weights in zip(self.mixed, self.weights, strict=True):
-            coefficients = self.mixture.basis_weights(segment)  # (M, K)
-            weights.copy_(coefficients @ segment.bases)
+            segment.mix_rows(self.mixture.basis_weights(segment), weights)
             assert segment.grads is not None
             for name, grad in zip(segment.names, segment.views(segment.grads), strict=True):
                 self.leaves[name].grad = grad

@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a resumed run may have otherwise than the run it goes on with.
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
-    *("output_dir", "tensorboard"),
+    *("output_dir", "tensorboard", "shard"),
 }
 
 
@@ -163,6 +163,8 @@ class TrainConfig:
     """auto, cpu or cuda."""
     precision: str = "fp32"
     """fp32, or bf16: a bfloat16 network under float32 bases."""
+    shard: bool = False
+    """Share bases, moments and averages out over the processes, in slices of equal size."""
     compile: bool = False
     """Compile the network, once for all experts, and the update (on a GPU it always is)."""
     network: DiTConfig = field(default_factory=DiTConfig)

@@ -170,18 +170,22 @@ def train_step(
     if stack is not None:
         stacked_pass(model, inputs, experts, window, stack)
         return
-    size = len(inputs.latents)
-    micro = micro_batch_size or size
-    model.mixture.begin_step(len(experts), -(-size // micro))
+    largest = -(-len(inputs.latents) // len(experts))
+    micro = micro_batch_size or largest
+    rounds = -(-largest // micro)
+    model.mixture.begin_step(len(experts), rounds)
     for group, expert in enumerate(experts):
         model.mixture.begin_expert(expert)
         places = group_rows(group, len(experts), inputs)
-        for part in torch.split(places, micro) if len(places) else ():
+        parts = torch.split(places, micro) if len(places) else ()
+        for part in parts:
             own = inputs.rows(part)
             timesteps = model.process.network_timesteps(own.timesteps)
             noisy = model.process.add_noise(own.latents, own.noise, own.timesteps)
             output = model.network(noisy, timesteps, own.class_labels)
             back_propagate(model, output, own, window)
+            model.mixture.collect()
+        for _ in range(rounds - len(parts)):  # every process collects as often as the others
             model.mixture.collect()
 
 

@@ -33,6 +33,7 @@ from remixdit.model import RemixDiT
 from remixdit.optim import MixtureAdamW
 from remixdit.run import DATA_DIR, Board, append_metrics, check_run, claim_run, cut_metrics
 from remixdit.sampling import SamplingConfig, sample
+from remixdit.sharding import Shard
 from remixdit.stacking import ExpertStack, stacks
 from remixdit.start import outline_of, starting_model, training_strata
 from remixdit.train_config import MAY_CHANGE, PRECISIONS, TrainConfig
@@ -66,6 +67,8 @@ class Training:
     ) -> None:
         self.config, self.ranks = config, ranks
         self.device = distributed.pick_device(config.device)
+        if config.shard and ranks.num_ranks > 1:  # first, as a GPU may not hold the whole
+            model.mixture.shard(Shard(ranks.rank, ranks.num_ranks))
         self.model = model.to(self.device)
         self.optimizer = MixtureAdamW(
             self.model.mixture, config.optimizer, compile=config.compile or None
@@ -104,15 +107,22 @@ class Training:
         plan = plan_step(
             self.strata, config.strata_per_step, config.batch_size, config.seed, self.step
         )
-        mixture = self.model.mixture
         inputs = step_inputs(self.model, batch, plan, config)
         train_step(self.model, inputs, plan, self.window, self.stack, config.micro_batch_size)
-        if self.ranks.num_ranks > 1:
-            self.reduced_bytes = distributed.all_reduce(mixture.to_reduce())
+        self._reduce()
         strength = config.mixture.prior_at(self.step, config.steps)
         self.window.add_stats(self.optimizer.step(self.step, config.steps, strength))
         self.step += 1
         return plan
+
+    def _reduce(self) -> None:
+        """Sum the gradients of all processes, or this process's slice of them."""
+        mixture = self.model.mixture
+        if mixture.sharding is not None:
+            mixture.slice_grads()
+            self.reduced_bytes, mixture.sharding.reduced_bytes = mixture.sharding.reduced_bytes, 0
+        elif self.ranks.num_ranks > 1:
+            self.reduced_bytes = distributed.all_reduce(mixture.to_reduce())
 
     def metrics(self) -> dict[str, Any]:
         """Return a line of metrics, and begin the next.
@@ -184,7 +194,7 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
         claim_run(config.output_dir, settings)
     distributed.barrier()
     training.resume()
-    recorder = Recorder(config, training) if ranks.is_first else None
+    recorder = recorder_of(config, training)
     for batch in training.loader.batches(training.step):
         if training.step >= config.steps:
             break
@@ -198,6 +208,13 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     if recorder is not None:
         recorder.finish()
     distributed.barrier()
+
+
+def recorder_of(config: TrainConfig, training: Training) -> "Recorder | Companion | None":
+    """Return what this process does when something is to be written."""
+    if training.ranks.is_first:
+        return Recorder(config, training)
+    return Companion(config, training) if config.shard else None
 
 
 def is_due(step: int, config: TrainConfig, *every: int) -> bool:
@@ -222,6 +239,26 @@ def open_dataset(config: TrainConfig, ranks: Ranks, report: Report | None) -> Sh
             )
     distributed.barrier()
     return prepare(config.data, cache, encode)
+
+
+class Companion:
+    """What the other processes do when the first one records, which needs all slices."""
+
+    def __init__(self, config: TrainConfig, training: Training) -> None:
+        self.config, self.training = config, training
+
+    def record(self, metrics: dict[str, Any] | None) -> None:
+        """Hand over what is due after a step."""
+        output, training = self.config.output, self.training
+        if output.sample_every and is_due(training.step, self.config, output.sample_every):
+            training.sample()
+        if is_due(training.step, self.config, output.save_every):
+            checkpoint.hand_over(training.model, training.optimizer)
+
+    def finish(self) -> None:
+        """Hand over the finished model."""
+        with self.training.optimizer.averaged():
+            self.training.model.mixture.state_dict()
 
 
 class Recorder:
