@@ -65,7 +65,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, ArithmeticError) as error:
         return failed(error, 1)
     except Exception as error:
-        if type(error).__name__ not in MACHINE_ERRORS:
+        if "by peer" in str(error):  # gloo's word for it; torchrun tells which one, and why
+            error = ConnectionError("another process has ended")
+        elif type(error).__name__ not in MACHINE_ERRORS:
             raise
         return failed(error, 1)
 
