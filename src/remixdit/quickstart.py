@@ -52,9 +52,9 @@ class QuickstartConfig:
 
     output_dir: Path = Path("quickstart")
     """Where everything goes; the same command again goes on where it was stopped."""
-    pretrain_steps: int = 1800
+    pretrain_steps: int = 1500
     """Steps of the plain DiT that both models start from."""
-    steps: int = 600
+    steps: int = 500
     """Steps that the remixed and the continued model then take, each."""
     batch_size: int = 64
     """Images a step."""
