@@ -19,7 +19,7 @@ from remixdit import distributed
 from remixdit.costs import training_flops
 from remixdit.data import Batch, Loader, ShardDataset
 from remixdit.dit import DiT, DiTConfig
-from remixdit.machine import copy_bytes_per_second, machine, matrix_flops_per_second
+from remixdit.machine import bytes_per_second, machine, matrix_flops_per_second
 from remixdit.model import RemixConfig, RemixDiT
 from remixdit.naive import NaiveMixture
 from remixdit.objectives import Diffusion
@@ -359,7 +359,7 @@ def update_floor_seconds(config: BenchConfig, device: torch.device) -> float:
     one = parts["bases"] / config.num_bases
     width = 2 if config.precision == "bf16" else 4
     moved = 8 * (config.num_bases - 1) * one + 2 * config.num_bases * one + one * width / 4
-    return moved / copy_bytes_per_second(device)
+    return moved / bytes_per_second(device)
 
 
 def state_bytes(config: BenchConfig) -> dict[str, int]:
