@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from remixdit.evaluation import Held, interval_losses, loss_matrix
-from remixdit.intervals import Intervals
-from remixdit.model import RemixDiT
-from tests.conftest import tiny_dit
+from remixdit.evaluation import Held, interval_losses, loss_matrix, owner_of
+from remixdit.intervals import Intervals, float32_at_least, float32_below
+from remixdit.model import RemixConfig, RemixDiT
+from tests.conftest import tiny_config, tiny_dit
 
 
 def tiny_model() -> RemixDiT:
@@ -52,3 +52,20 @@ def test_noise_is_paired_by_seed(held):
     assert np.array_equal(*same)
     other = interval_losses(model, held, Intervals.uniform(5), seed=4)
     assert not np.array_equal(same[0], other)
+
+
+def test_boundaries_of_continuous_time_have_their_owners(held):
+    """0.7 in float32 is below 0.7: it must not fall to the interval before."""
+    config = RemixConfig(
+        network=tiny_config(learn_sigma=False),
+        num_bases=1,
+        num_experts=10,
+        prediction_type="flow_prediction",
+    )
+    model = RemixDiT(config)
+    owners = [owner_of(model, model.intervals, interval) for interval in range(10)]
+    assert owners == list(range(10))
+    for expert in range(10):
+        low, high = (model.intervals.boundaries[expert + side] for side in (0, 1))
+        ends = torch.stack([float32_at_least(low), float32_below(high)])
+        assert model.intervals.expert_at(ends).tolist() == [expert, expert]

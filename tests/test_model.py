@@ -1,5 +1,6 @@
 """Whole models: experts, grouping by timestep, and the directory on disk."""
 
+import copy
 import json
 
 import pytest
@@ -96,6 +97,20 @@ def test_moving_a_model_keeps_network_and_bases_together():
         for segment in model.mixture.segments:
             segment.bases.zero_()
     assert model.denoise(inputs[0].double(), *inputs[1:]).abs().max() == 0
+
+
+def test_a_copy_and_a_loaded_state_are_the_same_model():
+    model, other = tiny_model(), RemixDiT.from_dit(tiny_dit(seed=1), 2, 7)
+    inputs = batch(model.network)
+    expected = model.denoise(*inputs)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied.denoise(*inputs), expected)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.denoise(*inputs), expected)
+    with torch.no_grad():
+        copied.mixture.logits += 1.0
+        copied.mixture.segments[0].bases.zero_()
+    assert torch.equal(model.denoise(*inputs), expected)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,21 @@ def test_the_way_a_step_is_run_does_not_change_its_gradients(experts_per_step, m
     assert whole.losses[2].sum() == 12
 
 
+def test_clipping_sees_the_same_norm_however_raw_coefficients_are_run():
+    norms = []
+    for micro_batch_size, stacked in ((0, False), (0, True), (2, False)):
+        model = RemixDiT.from_dit(tiny_dit(), 2, 5, coefficients="raw")
+        model.mixture.perturb(0.5, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model.mixture.logits.mul_(torch.rand(5, 1, generator=torch.Generator().manual_seed(1)))
+        step_grads(
+            model, images(12), config_for(), stacked=stacked, micro_batch_size=micro_batch_size
+        )
+        norms.append(MixtureAdamW(model.mixture, OptimizerConfig())._grad_norm())
+    torch.testing.assert_close(norms[1], norms[0])
+    torch.testing.assert_close(norms[2], norms[0])
+
+
 def test_a_stacked_bfloat16_step_is_near_the_float32_one():
     config = config_for()
     expected, _ = step_grads(tiny_model(), images(12), config)

@@ -76,7 +76,7 @@ def interval_losses(
 
 def owner_of(model: RemixDiT, intervals: Intervals, interval: int) -> int:
     """Return the expert that owns an interval, by its first timestep."""
-    start = torch.tensor([intervals.boundaries[interval]])
+    start = torch.tensor([intervals.boundaries[interval]], dtype=torch.float64)
     return int(model.intervals.expert_at(start))
 
 

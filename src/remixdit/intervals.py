@@ -226,9 +226,7 @@ class Intervals:
             return start + (uniform * (stop - start)).long()
         low, high = self.distribution.cdf(start), self.distribution.cdf(stop)
         drawn = self.distribution.quantile(low + uniform * (high - low))
-        # Rounding to float32 must not carry a timestep over the boundary.
-        largest = torch.nextafter(torch.tensor(float(stop)), torch.tensor(0.0))
-        return drawn.float().clamp(torch.tensor(float(start)), largest)
+        return drawn.float().clamp(float32_at_least(start), float32_below(stop))
 
 
 def check_count(num_experts: int, num_train_timesteps: int | None) -> None:
@@ -240,6 +238,18 @@ def check_count(num_experts: int, num_train_timesteps: int | None) -> None:
             f"num_experts must be at most num_train_timesteps {num_train_timesteps}, "
             f"got {num_experts}"
         )
+
+
+def float32_at_least(boundary: float) -> Tensor:
+    """Return the smallest float32 that is not below a boundary: rounding must not cross it."""
+    rounded = torch.tensor(boundary, dtype=torch.float32)
+    return rounded if float(rounded) >= boundary else rounded.nextafter(torch.tensor(2.0))
+
+
+def float32_below(boundary: float) -> Tensor:
+    """Return the largest float32 below a boundary."""
+    rounded = torch.tensor(boundary, dtype=torch.float32)
+    return rounded if float(rounded) < boundary else rounded.nextafter(torch.tensor(-1.0))
 
 
 def inclusion_chances(masses: Sequence[float], count: int) -> list[float]:

@@ -208,7 +208,8 @@ class Mixture:
             experts_per_step: M.
             rounds: Backward passes that each expert gets; their sum is kept in float32.
         """
-        folded = experts_per_step > self.num_bases
+        # Raw coefficients need not sum to 1, so their plain gradients are kept for clipping.
+        folded = experts_per_step > self.num_bases and self.kind != "raw"
         self._begin(experts_per_step, rounds, folded, stacked=False)
 
     def begin_stacked_step(self, experts: Sequence[int]) -> None:

@@ -290,6 +290,21 @@ class RemixDiT(nn.Module):
             self.save_pretrained(directory)
             return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return all weights, under the names that `model.safetensors` has."""
+        return self.mixture.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Copy all weights in; refuses missing, extra or misshaped ones."""
+        self.mixture.load_state_dict(dict(state_dict))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a model of its own: copied one by one, parameters would lose their storage."""
+        copied = type(self)(self.config).to(self.device).train(self.training)
+        copied.load_state_dict(self.state_dict())
+        memo[id(self)] = copied
+        return copied
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the mixture along when the module moves."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -62,9 +62,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        for name in ("learning_rate", "coefficients_learning_rate", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in (
+            *("learning_rate", "shared_learning_rate", "coefficients_learning_rate", "eps"),
+            *("weight_decay", "warmup_steps", "max_grad_norm"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # so that NaN fails too
+                raise ValueError(f"{name} must be at least 0, got {value}")
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas must be in [0, 1), got {beta}")

@@ -13,6 +13,7 @@ same images.
 Shapes: B batch, C H W latents, S steps.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        if self.guidance_scale < 1:
+        if not 1 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be at least 1, got {self.guidance_scale}")
         for name in ("num_images", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
@@ -67,6 +68,8 @@ class SamplingConfig:
             raise ValueError(
                 f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}"
             )
+        if self.guidance_channels < 0:
+            raise ValueError(f"guidance_channels must be at least 0, got {self.guidance_channels}")
         start, stop = self.guidance_interval
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"guidance_interval must rise within [0, 1], got {start}, {stop}")
@@ -194,7 +197,7 @@ def guided_output(
         torch.cat([class_labels, null]),
     )
     conditional, unconditional = both.chunk(2)
-    channels = config.guidance_channels or latents.shape[1]
+    channels = min(config.guidance_channels or latents.shape[1], latents.shape[1])
     guided = conditional.clone()
     guided[:, :channels] = torch.lerp(
         unconditional[:, :channels], conditional[:, :channels], config.guidance_scale

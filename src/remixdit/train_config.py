@@ -132,7 +132,10 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        for name in ("log_every", "save_every", "keep_checkpoints"):
+        for name in (
+            *("log_every", "save_every", "keep_checkpoints"),
+            *("sample_images", "sample_inference_steps"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -19,6 +19,7 @@ Shapes: C H W latents.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,10 +184,13 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
     check_batch_size(config.batch_size, ranks.num_ranks)
-    check_run(config.output_dir, config.to_json(), {*MAY_CHANGE, "data_digest"})
+    check_steps(config)
     model = starting_model(config, outline_of(config))
+    # What is trained, which a model to start from may have decided.
+    settings = {**config.to_json(), "network": asdict(model.config.network)}
+    check_run(config.output_dir, settings, {*MAY_CHANGE, "data_digest"})
     dataset = open_dataset(config, ranks, report)
-    settings = {**config.to_json(), "data_digest": dataset.digest}
+    settings["data_digest"] = dataset.digest
     check_run(config.output_dir, settings, MAY_CHANGE)
     training = Training(config, model, dataset, ranks)
     distributed.barrier()  # nobody is still looking at what the directory holds
@@ -208,6 +212,16 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     if recorder is not None:
         recorder.finish()
     distributed.barrier()
+
+
+def check_steps(config: TrainConfig) -> None:
+    """Refuse fewer steps than the run has done already."""
+    newest = checkpoint.newest_checkpoint(config.output_dir)
+    done = int(newest.name.removeprefix("step-")) if newest else 0
+    if config.steps < done:
+        raise ValueError(
+            f"steps must be at least the {done} that the run has done, got {config.steps}"
+        )
 
 
 def recorder_of(config: TrainConfig, training: Training) -> "Recorder | Companion | None":

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from tyro.conf import Positional
 
 from remixdit import distributed
-from remixdit.autoencoder import LatentAutoencoder, load_autoencoder
+from remixdit.autoencoder import LatentAutoencoder, Pixels, load_autoencoder
 from remixdit.checkpoint import load_model
 from remixdit.commands.arguments import base_config, parse
 from remixdit.commands.terminal import Bar, say
@@ -63,6 +63,12 @@ def draw(arguments: SampleArguments) -> None:
     class_labels = labels_of(model, config).tolist()
     model.mixture.cast_network(PRECISIONS[arguments.precision])
     autoencoder = load_autoencoder(model.config.autoencoder)
+    channels = model.config.network.in_channels
+    if isinstance(autoencoder, Pixels) and channels not in (1, 3):
+        raise ValueError(
+            f"autoencoder must be known for a model of {channels} channels, got none: import it "
+            "again with --autoencoder"
+        )
     if isinstance(autoencoder, LatentAutoencoder):
         autoencoder.to(device)
     ranks = distributed.start(device)
