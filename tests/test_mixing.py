@@ -380,3 +380,28 @@ def test_the_prior_falls_to_exactly_zero():
     assert config.prior_at(0, 1) == 0.3
     constant = MixtureConfig(prior_strength=0.3, prior_schedule="constant")
     assert constant.prior_at(9, 10) == 0.3
+
+
+def test_all_experts_run_one_compiled_graph():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    mixture = random_mixture()
+    expected = []
+    for expert in range(5):
+        mixture.activate(expert)
+        expected.append(mixture.network(*batch(mixture.network)).detach())
+    graphs = CompileCounterWithBackend("aot_eager")
+    mixture.network.compile(backend=graphs)
+    optimizer = MixtureAdamW(
+        mixture, OptimizerConfig(learning_rate=0.0, coefficients_learning_rate=0.0)
+    )
+    for expert in range(5):
+        mixture.begin_step()
+        mixture.begin_expert(expert)
+        output = mixture.network(*batch(mixture.network))
+        torch.testing.assert_close(output.detach(), expected[expert])
+        torch.autograd.backward(output.sum())
+        mixture.collect()
+        optimizer.step(expert, 5)
+    assert graphs.frame_count == 1
