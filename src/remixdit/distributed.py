@@ -4,6 +4,8 @@ Every function works on a single process without a process group, and then does 
 """
 
 import os
+import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +21,7 @@ __all__ = ["Ranks", "all_reduce", "barrier", "pick_device", "start", "stop"]
 # A first compilation or encoding may take long; who is gone is found by its heartbeat.
 COLLECTIVE_TIMEOUT = timedelta(hours=24)
 SMALL_BYTES = 2**20  # tensors up to this size are reduced together
+PATIENCE_SECONDS = 3  # of a process that fails, before it leaves the others
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,13 @@ def start(device: torch.device) -> Ranks:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.
+
+    What is wrong with a request is wrong for every process, and the first says it. It may still be
+    joining, and must not find that another has left: the others wait for it.
+    """
+    if dist.is_initialized() and dist.get_rank() and sys.exc_info()[0] is not None:
+        time.sleep(PATIENCE_SECONDS)
     heartbeat.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
