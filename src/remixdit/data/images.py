@@ -1,8 +1,9 @@
 """Files of any format => pictures as a photographer means them => square uint8 pixels.
 
-Decoding is Pillow's; what follows it uses integer arithmetic only, so the same file gives the same
-pixels on every platform. The crop is that of ADM (arXiv:2105.05233): halve by box filter while the
-image is at least twice too large, resize by bicubic, cut the centre out.
+Decoding is Pillow's, colour profiles are LittleCMS's; what follows uses integer arithmetic only, so
+the same file gives the same pixels on every platform. The crop is that of ADM (arXiv:2105.05233):
+halve by box filter while the image is at least twice too large, resize by bicubic, cut the centre
+out.
 
 Shapes: C = 1 (grey) or 3 (red, green, blue), S = image_size.
 """
@@ -11,6 +12,8 @@ import io
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from remixdit.data.profiles import in_srgb
 
 __all__ = ["MIN_SIDE", "center_crop", "decode", "is_grey", "random_crop", "square_pixels"]
 
@@ -34,8 +37,9 @@ DECODING_ERRORS = (
 def decode(encoded: bytes) -> Image.Image:
     """Return the picture in an image file, upright, in mode "L" or "RGB".
 
-    Transparency is laid on white, 16-bit grey is scaled (Pillow alone would clip it at 255), the
-    camera's rotation is applied, of an animation the first frame is taken.
+    An embedded colour profile is converted to sRGB, transparency is laid on white, 16-bit grey is
+    scaled (Pillow alone would clip it at 255), the camera's rotation is applied, of an animation
+    the first frame is taken.
 
     Raises:
         ValueError: it is no image, is truncated, too large, too small or of floating point.
@@ -46,7 +50,8 @@ def decode(encoded: bytes) -> Image.Image:
         with Image.open(io.BytesIO(encoded)) as image:
             _check_size(image)
             image.load()
-            return _in_plain_colours(ImageOps.exif_transpose(image))
+            profile = image.info.get("icc_profile")
+            return _in_plain_colours(ImageOps.exif_transpose(image), profile)
     except UnidentifiedImageError:
         # Pillow's own message holds a memory address, and would differ from run to run.
         raise ValueError("the file is of no known image format") from None
@@ -110,11 +115,12 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
-def _in_plain_colours(image: Image.Image) -> Image.Image:
+def _in_plain_colours(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode == "F":
         raise ValueError("an image of floating-point values has no stated white")
     if image.mode.startswith("I"):
-        return _from_16_bit(image)
+        image = _from_16_bit(image)
+    image = in_srgb(image, profile)
     plain_mode = "L" if image.mode in GREY_MODES else "RGB"
     if image.has_transparency_data:
         picture = image.convert("RGBA")
