@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from remixdit.seeds import generator_for
 
@@ -108,7 +109,12 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """A diffusion transformer. It never hears of mixing."""
+    """A diffusion transformer. It never hears of mixing.
+
+    Attributes:
+        recompute: Keep only the input of each block for the way back, and run the block again
+            there: a fraction of the memory for a third more arithmetic, the same gradients.
+    """
 
     float32_modules = ("t_embedder", "y_embedder", "final_layer")
     """Parts that stay in float32 when the rest is bfloat16: few weights, and it matters there."""
@@ -118,6 +124,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         width = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, width, config.patch_size)
         self.t_embedder = TimestepEmbedder(width)
@@ -154,7 +161,10 @@ class DiT(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         tokens = self.x_embedder(latents.to(dtype)) + self.pos_embed.to(dtype)  # (B, T, D)
         for block in self.blocks:
-            tokens = block(tokens, conditioning.to(dtype))
+            if self.recompute and torch.is_grad_enabled():
+                tokens = run_again(block, tokens, conditioning.to(dtype))
+            else:
+                tokens = block(tokens, conditioning.to(dtype))
         tokens = self.final_layer(tokens.to(conditioning.dtype), conditioning)  # (B, T, P*P*out)
         return self.unpatchify(tokens)
 
@@ -271,6 +281,12 @@ class LabelEmbedder(nn.Module):
     def forward(self, class_labels: Tensor) -> Tensor:
         """Embed: (B,) => (B, D)."""
         return self.embedding_table(class_labels)
+
+
+def run_again(block: nn.Module, tokens: Tensor, conditioning: Tensor) -> Tensor:
+    """Run a block whose inner activations are not kept but computed again for the gradients."""
+    # Nothing in a block is random, so no state of a generator need be kept.
+    return checkpoint(block, tokens, conditioning, use_reentrant=False, preserve_rng_state=False)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

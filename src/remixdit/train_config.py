@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a resumed run may have otherwise than the run it goes on with.
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
-    *("output_dir", "tensorboard", "shard"),
+    *("output_dir", "tensorboard", "shard", "recompute"),
 }
 
 
@@ -156,6 +156,8 @@ class TrainConfig:
     """Images a step, over all processes and experts."""
     micro_batch_size: int = 0
     """Images run at once on one process; 0 for all. Saves memory, changes nothing else."""
+    recompute: bool = False
+    """Compute each block again on the way back instead of keeping its activations. Saves memory."""
     image_size: int | None = None
     """Edge of the images of a source that is not encoded; by default the network's input_size."""
     new_labels: bool = False

@@ -75,6 +75,7 @@ class Training:
             self.model.mixture, config.optimizer, compile=config.compile or None
         )
         self.model.mixture.cast_network(PRECISIONS[config.precision])
+        self.model.network.recompute = config.recompute
         if config.compile:
             self.model.network.compile()
         self.strata = training_strata(self.model, config)
@@ -88,9 +89,10 @@ class Training:
         )
         self.stack: ExpertStack | None = None
         experts = config.strata_per_step if self.model.num_experts > 1 else 1
-        # Micro-batches are asked for to save memory, and a stack takes more; compiled, the
-        # network runs one expert at a time.
-        if not (config.micro_batch_size or config.compile) and stacks(self.model.mixture, experts):
+        # A stack takes more memory, which who asks for less does not want; compiled, the network
+        # runs one expert at a time.
+        in_turn = config.micro_batch_size or config.recompute or config.compile
+        if not in_turn and stacks(self.model.mixture, experts):
             self.stack = ExpertStack(self.model.mixture, experts)
         self.step = 0
         self.reduced_bytes = 0  # of gradients, in the last step
