@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from remixdit.evaluation import Held, interval_losses, loss_matrix, owner_of
+from remixdit.evaluation import Held, interval_losses, loss_matrix
 from remixdit.intervals import Intervals, float32_at_least, float32_below
 from remixdit.model import RemixConfig, RemixDiT
 from tests.conftest import tiny_config, tiny_dit
@@ -54,7 +54,25 @@ def test_noise_is_paired_by_seed(held):
     assert not np.array_equal(same[0], other)
 
 
-def test_boundaries_of_continuous_time_have_their_owners(held):
+def test_an_interval_of_several_owners_is_measured_with_each(held):
+    """One interval over all timesteps: every image by the expert of its own timestep."""
+    model = tiny_model()
+    seen = []
+    original = model.predict
+
+    def watched(expert, latents, timesteps, class_labels):
+        assert (model.intervals.expert_at(timesteps) == expert).all()
+        seen.append(expert)
+        return original(expert, latents, timesteps, class_labels)
+
+    model.predict = watched
+    losses = interval_losses(model, held, Intervals.uniform(1))
+    assert losses.shape == (1, 1, 12)
+    assert np.isfinite(losses).all()
+    assert len(set(seen)) > 1
+
+
+def test_boundaries_of_continuous_time_have_their_owners():
     """0.7 in float32 is below 0.7: it must not fall to the interval before."""
     config = RemixConfig(
         network=tiny_config(learn_sigma=False),
@@ -63,8 +81,6 @@ def test_boundaries_of_continuous_time_have_their_owners(held):
         prediction_type="flow_prediction",
     )
     model = RemixDiT(config)
-    owners = [owner_of(model, model.intervals, interval) for interval in range(10)]
-    assert owners == list(range(10))
     for expert in range(10):
         low, high = (model.intervals.boundaries[expert + side] for side in (0, 1))
         ends = torch.stack([float32_at_least(low), float32_below(high)])

@@ -168,6 +168,37 @@ class Diffusion:
         log_variance = share * high + (1 - share) * self._at("min_log_variance", timesteps)
         return Posterior(mean, log_variance, pred_latents)
 
+    def bound_term(
+        self, model_output: Tensor, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """Return (B,) the term of the variational bound at each timestep, in bits a dimension.
+
+            KL(q(x[t - 1] | x[t], x[0]) || p(x[t - 1] | x[t])),    -log p(x[0] | x[1]) at t = 0
+
+        Summed over all T timesteps, with `prior_term`, they bound the bits that an image takes
+        (section 3 of arXiv 2006.11239). Without a learned variance p has the forward process's.
+
+        Args:
+            model_output: (B, C or 2C, H, W) at `noisy_latents`.
+            latents: (B, C, H, W) clean, pixels in [-1, 1].
+            noisy_latents: (B, C, H, W) at `timesteps`.
+            timesteps: (B,) integers in [0, T).
+        """
+        predicted = self.posterior(model_output, noisy_latents, timesteps)
+        true_mean = self._mean(latents, noisy_latents, timesteps)
+        true_log_variance = self._at("min_log_variance", timesteps)
+        divergence = normal_kl(true_mean, true_log_variance, predicted.mean, predicted.log_variance)
+        likelihood = discretized_log_likelihood(latents, predicted.mean, predicted.log_variance)
+        last = (timesteps == 0).view(-1, 1, 1, 1)
+        return torch.where(last, -likelihood, divergence).flatten(1).mean(1) / math.log(2)
+
+    def prior_term(self, latents: Tensor) -> Tensor:
+        """Return (B,) KL(q(x[T] | x[0]) || standard normal), in bits a dimension."""
+        last = torch.full((len(latents),), self.num_train_timesteps - 1, device=latents.device)
+        mean, scale = self._at("signal", last) * latents, self._at("noise", last)
+        zero = torch.zeros((), device=latents.device)
+        return normal_kl(mean, 2 * scale.log(), zero, zero).flatten(1).mean(1) / math.log(2)
+
     def _variance_bound(
         self, model_output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor
     ) -> Tensor:
@@ -175,13 +206,7 @@ class Diffusion:
         noisy = self.add_noise(latents, noise, timesteps)
         prediction, variance = model_output.chunk(2, dim=1)
         frozen = torch.cat([prediction.detach(), variance], dim=1)
-        predicted = self.posterior(frozen, noisy, timesteps)
-        true_mean = self._mean(latents, noisy, timesteps)
-        true_log_variance = self._at("min_log_variance", timesteps)
-        divergence = normal_kl(true_mean, true_log_variance, predicted.mean, predicted.log_variance)
-        likelihood = discretized_log_likelihood(latents, predicted.mean, predicted.log_variance)
-        last = (timesteps == 0).view(-1, 1, 1, 1)
-        return torch.where(last, -likelihood, divergence).flatten(1).mean(1) / math.log(2)
+        return self.bound_term(frozen, latents, noisy, timesteps)
 
     def _mean(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return the mean of q(x[t - 1] | x[t], x[0])."""
