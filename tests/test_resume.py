@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from remixdit.run import read_metrics
-from tests.command_line import refusal, remixdit, write_npz
+from tests.command_line import files_below, refusal, remixdit, write_folder, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,96 @@ def test_killed_run_equals_unbroken_run(data, tmp_path):
         remixdit(f"train tiny --data {data} --output-dir {path} {options}")
     assert_equal_runs(run, whole, steps)
     assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("source", ["--num-bases 1 --num-experts 1", ""], ids=["plain", "mixture"])
+def test_a_run_goes_on_without_the_model_it_started_from(source, data, tmp_path, capsys):
+    line = f"train tiny --data {data} --log-every 1 --output-dir {tmp_path}"
+    # Another width than the preset's: what a run trains is known to the run alone.
+    remixdit(f"{line}/source --steps 2 --hidden-size 16 {source}")
+    start = f"--from {tmp_path}/source"
+    remixdit(f"{line}/whole {start} --steps 6")
+    remixdit(f"{line}/parts {start} --steps 3")
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    message = refusal(f"{line}/parts --from {tmp_path}/elsewhere --steps 6", capsys)
+    assert message.endswith(f"parts: init_from was '{tmp_path}/source', now '{tmp_path}/elsewhere'")
+    message = refusal(f"{line}/parts --steps 6", capsys)
+    assert f"init_from was '{tmp_path}/source', now None" in message
+    message = refusal(f"{line}/parts {start} --steps 6 --num-experts 5", capsys)
+    assert message.endswith("parts: mixture.num_experts was 4, now 5")
+    remixdit(f"{line}/parts {start} --steps 6")
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole", step=6)
+
+
+def test_another_spelling_of_a_path_is_no_change(tmp_path, monkeypatch):
+    write_folder(tmp_path / "photos", cat=9, dog=9)
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    remixdit("train tiny --data photos --output-dir plain --num-bases 1 --num-experts 1 --steps 1")
+    line = f"train tiny --log-every 1 --output-dir {tmp_path}/run"
+    remixdit(f"{line} --data photos --from plain --steps 1")
+    spellings = [
+        ("./photos", "./plain"),
+        ("photos/", "plain/"),
+        (f"{tmp_path}/photos", f"{tmp_path}/plain"),
+        ("plain/../link", "photos/../plain"),
+    ]
+    for steps, (data, source) in enumerate(spellings, start=2):
+        remixdit(f"{line} --data {data} --from {source} --steps {steps}")
+        assert checkpoint_steps(tmp_path / "run")[-1] == steps
+    monkeypatch.chdir(tmp_path / "photos")
+    remixdit(f"{line} --data . --from ../plain --steps 6")
+    assert checkpoint_steps(tmp_path / "run")[-1] == 6
+
+
+def test_data_are_told_by_their_content(data, tmp_path, capsys):
+    other = write_npz(tmp_path / "other.npz", count=32)
+    for name, source in (("shards", data), ("others", other)):
+        remixdit(f"encode {source} --output {tmp_path}/{name} --image-size 16")
+    line = f"train tiny --output-dir {tmp_path}/run --log-every 1"
+    remixdit(f"{line} --data {tmp_path}/shards --steps 1")
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    before = files_below(tmp_path / "run")
+    for changed in ("others", "other.npz"):  # the second must not be encoded into the run first
+        message = refusal(f"{line} --data {tmp_path}/{changed} --steps 2", capsys)
+        assert f"data was '{tmp_path}/shards', now '{tmp_path}/{changed}'" in message
+        assert files_below(tmp_path / "run") == before
+    remixdit(f"{line} --data {tmp_path}/moved --steps 2")
+    assert checkpoint_steps(tmp_path / "run")[-1] == 2
+
+
+def test_what_a_run_encoded_is_encoded_again_when_it_was_removed(data, unbroken, tmp_path):
+    line = f"train tiny --data {data} --output-dir {tmp_path}/run --log-every 1"
+    remixdit(f"{line} --steps 3")
+    shutil.rmtree(tmp_path / "run" / "data")
+    remixdit(line)
+    assert_equal_runs(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("--lr-schedule cosine", "lr_schedule cosine"),
+        ("--prior-strength 1e-3", "prior_schedule linear"),
+        (
+            "--prior-strength 1e-3 --lr-schedule cosine",
+            "lr_schedule cosine and prior_schedule linear",
+        ),
+        ("--prior-strength 1e-3 --prior-schedule constant", ""),
+    ],
+)
+def test_a_schedule_that_more_steps_stretch_is_warned_of(options, names, data, tmp_path, capsys):
+    line = f"train tiny --data {data} --output-dir {tmp_path}/run {options}"
+    remixdit(f"{line} --steps 2")
+    remixdit(f"{line} --steps 2")  # as it was: nothing to warn of
+    assert "the end of" not in capsys.readouterr().err
+    remixdit(f"{line} --steps 3")
+    shown = capsys.readouterr().err
+    expected = (
+        f"remixdit: the end of {names} moves from step 2 to 3: up to step 2 this run is one of 2 "
+        "steps, from there on one of 3, so its result is that of neither\n"
+    )
+    assert shown == (expected if names else "")
 
 
 def test_newest_checkpoints_are_kept(data, tmp_path):

@@ -124,7 +124,7 @@ def test_corrupt_image_is_left_out_of_a_run_and_named(tmp_path, capsys):
     (data / "cat" / "broken.png").write_bytes(b"no picture")
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --steps 1")
     printed = capsys.readouterr().err
-    assert "1 images" in printed
+    assert "1 of 19 images" in printed
     assert "cat/broken.png" in printed
 
 
@@ -135,6 +135,29 @@ def test_corrupt_image_is_refused_by_strict_encoding(tmp_path, capsys):
     assert "cat/broken.png" in refusal(f"{line} --strict", capsys)
     remixdit(line)
     assert "1 of 7 images were skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["run", "runs/new/run"])
+def test_corrupt_image_is_refused_by_a_strict_run_without_a_trace(place, tmp_path, capsys):
+    data = write_folder(tmp_path / "photos", cat=9, dog=9)
+    (data / "cat" / "broken.png").write_bytes(b"no picture")
+    line = f"train tiny --data {data} --output-dir {tmp_path}/{place} --steps 1"
+    message = refusal(f"{line} --strict", capsys)
+    assert message == "cat/broken.png: the file is of no known image format"
+    assert {path.name for path in tmp_path.iterdir()} == {"photos"}
+    remixdit(line)
+    message = refusal(f"{line} --strict", capsys)  # also when it was left out before
+    assert message.startswith("data must hold no image that cannot be read when strict: 1 of 19")
+    (data / "cat" / "broken.png").unlink()
+    remixdit(f"train tiny --data {data} --output-dir {tmp_path}/whole --steps 1 --strict")
+
+
+def test_data_without_a_readable_image_leave_no_trace(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "broken.png").write_bytes(b"no picture")
+    message = refused_data(tmp_path / "photos", tmp_path, capsys)
+    assert message.startswith("no image of photos can be read, such as cat/broken.png")
 
 
 # --- models to start from

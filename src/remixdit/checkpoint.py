@@ -33,6 +33,7 @@ __all__ = [
     "find_model",
     "hand_over",
     "load_model",
+    "model_config",
     "newest_checkpoint",
     "restore",
     "save",
@@ -113,10 +114,16 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
     with damage_named(found.directory):
         if found.weights == "model.safetensors":
             return RemixDiT.from_pretrained(found.directory, device)
-        config = json.loads((found.directory / "config.json").read_text("utf-8"))
-        model = RemixDiT(RemixConfig.from_json(config))
+        model = RemixDiT(model_config(found.directory))
         model.mixture.load_state_dict(load_file(found.directory / found.weights))
         return model.to(device).eval()
+
+
+def model_config(directory: Path) -> RemixConfig:
+    """Return what the model of a checkpoint is, without its weights."""
+    with damage_named(directory):
+        values = json.loads((directory / "config.json").read_text("utf-8"))
+    return RemixConfig.from_json(values)
 
 
 @contextmanager

@@ -22,10 +22,13 @@ __all__ = [
     "check_run",
     "claim_run",
     "cut_metrics",
+    "location",
     "read_metrics",
+    "stated_steps",
 ]
 
 DATA_DIR = "data"  # where a run keeps what it encoded
+PLACES = {"data", "init_from"}  # settings that are compared by where they lead
 
 
 def check_run(directory: Path, settings: Mapping[str, Any], may_change: set[str]) -> None:
@@ -68,13 +71,35 @@ def refuse_changes(
     changed = [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.split(".")[-1] not in may_change
+        if name.split(".")[-1] not in {*may_change, "data_digest"}
+        and not is_same(name, old.get(name), new.get(name))
     ]
+    if "data_digest" not in may_change and old.get("data_digest") != new.get("data_digest"):
+        changed.append(f"data was {old.get('data')!r}, now {new.get('data')!r} with other images")
     if changed:
         raise ValueError(
             f"output_dir must hold a run of this configuration, got {directory}: "
             + "; ".join(changed)
         )
+
+
+def is_same(name: str, old: Any, new: Any) -> bool:
+    """Whether a setting is what it was; a place may be spelled otherwise."""
+    if name in PLACES and isinstance(old, str) and isinstance(new, str):
+        return old == new or Path(old).resolve() == Path(new).resolve()
+    return bool(old == new)
+
+
+def location(name: str) -> str:
+    """Return where a file or directory is, however it is spelled; other names as they are."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name
+
+
+def stated_steps(directory: Path) -> int | None:
+    """Return how many steps a run was asked for before, None for a new one."""
+    path = directory / "config.json"
+    return int(json.loads(path.read_text("utf-8"))["steps"]) if path.is_file() else None
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The model that a training run starts with: new, remixed from a plain DiT, or a mixture.
+"""What a training run starts with: its data, its settings, its model.
 
-The data decide the size, channels and classes of the network.
+The model is new, remixed from a plain DiT, or a mixture; the data decide its size, channels and
+classes.
 """
 
 from collections.abc import Mapping
@@ -10,16 +11,24 @@ from typing import Any, NamedTuple
 
 from remixdit import checkpoint
 from remixdit.autoencoder import Pixels
+from remixdit.checkpoint import newest_checkpoint
 from remixdit.data import ShardDataset, is_shard_dir, open_source
 from remixdit.dit import DiT, DiTConfig
 from remixdit.intervals import Intervals, LogitNormal
 from remixdit.model import RemixConfig, RemixDiT, noise_process
 from remixdit.objectives import Diffusion, Flow
-from remixdit.run import DATA_DIR
+from remixdit.run import DATA_DIR, location, stated_steps
 from remixdit.seeds import generator_for
 from remixdit.train_config import TrainConfig
 
-__all__ = ["Outline", "outline_of", "starting_model", "training_strata"]
+__all__ = [
+    "Outline",
+    "outline_of",
+    "settings_of",
+    "starting_model",
+    "stretched_schedules",
+    "training_strata",
+]
 
 
 class Outline(NamedTuple):
@@ -35,12 +44,49 @@ class Outline(NamedTuple):
 
 def outline_of(config: TrainConfig) -> Outline:
     """Look at the data of a run, without writing anything."""
-    for directory in (Path(config.data), config.output_dir / DATA_DIR):
-        if is_shard_dir(directory):
-            shards = ShardDataset(directory)
-            return Outline(shards.shape, shards.class_names, shards.autoencoder)
+    shards = encoded_data(config)
+    if shards is not None:
+        return Outline(shards.shape, shards.class_names, shards.autoencoder)
     source, size = open_source(config.data), config.image_size or config.network.input_size
     return Outline((source.channels, size, size), source.class_names, Pixels.spec)
+
+
+def settings_of(config: TrainConfig, model: RemixDiT) -> dict[str, Any]:
+    """Return what a run's config.json holds."""
+    shards = encoded_data(config)
+    return {
+        **config.to_json(),
+        "data": location(config.data),
+        "init_from": location(config.init_from) if config.init_from else None,
+        # What is trained, which a model to start from may have decided.
+        "network": asdict(model.config.network),
+        "data_digest": shards.digest if shards is not None else None,
+    }
+
+
+def encoded_data(config: TrainConfig) -> ShardDataset | None:
+    """Return the shards of a run, None where its data are still to be encoded."""
+    for directory in (Path(config.data), config.output_dir / DATA_DIR):
+        if is_shard_dir(directory):
+            return ShardDataset(directory)
+    return None
+
+
+def stretched_schedules(config: TrainConfig) -> str:
+    """Return what to know of a run that goes on to another last step, "" if there is nothing."""
+    before, newest = stated_steps(config.output_dir), newest_checkpoint(config.output_dir)
+    mixture = config.mixture
+    names = ["lr_schedule cosine"] if config.optimizer.lr_schedule == "cosine" else []
+    if mixture.prior_strength and mixture.prior_schedule == "linear":
+        names.append("prior_schedule linear")
+    if newest is None or before == config.steps or not names:
+        return ""
+    done = int(newest.name.removeprefix("step-"))
+    return (
+        f"the end of {' and '.join(names)} moves from step {before} to {config.steps}: up to step "
+        f"{done} this run is one of {before} steps, from there on one of {config.steps}, so its "
+        "result is that of neither"
+    )
 
 
 def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
@@ -58,6 +104,10 @@ def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
 
 def starting_model(config: TrainConfig, data: Outline) -> RemixDiT:
     """Return the model that a run starts with: new, remixed from a plain DiT, or given."""
+    newest = newest_checkpoint(config.output_dir)
+    if config.init_from and newest is not None:
+        # The checkpoint will replace what the run started from, which may be gone.
+        return RemixDiT(checkpoint.model_config(newest))
     given = checkpoint.load_model(config.init_from) if config.init_from else None
     target = target_config(config, data, given)
     if given is not None:

@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a resumed run may have otherwise than the run it goes on with.
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
-    *("output_dir", "tensorboard", "shard", "recompute"),
+    *("output_dir", "tensorboard", "shard", "strict", "recompute"),
 }
 
 
@@ -160,6 +160,8 @@ class TrainConfig:
     """Compute each block again on the way back instead of keeping its activations. Saves memory."""
     image_size: int | None = None
     """Edge of the images of a source that is not encoded; by default the network's input_size."""
+    strict: bool = False
+    """Refuse data with images that cannot be read, instead of leaving those out."""
     new_labels: bool = False
     """Learn the class embedding afresh, for data with other classes than init_from."""
     seed: int = 0

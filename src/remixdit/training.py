@@ -19,7 +19,6 @@ Shapes: C H W latents.
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +35,13 @@ from remixdit.run import DATA_DIR, Board, append_metrics, check_run, claim_run, 
 from remixdit.sampling import SamplingConfig, sample
 from remixdit.sharding import Shard
 from remixdit.stacking import ExpertStack, stacks
-from remixdit.start import outline_of, starting_model, training_strata
+from remixdit.start import (
+    outline_of,
+    settings_of,
+    starting_model,
+    stretched_schedules,
+    training_strata,
+)
 from remixdit.train_config import MAY_CHANGE, PRECISIONS, TrainConfig
 from remixdit.train_step import StepPlan, Window, plan_step, step_inputs, train_step
 
@@ -188,12 +193,15 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     check_batch_size(config.batch_size, ranks.num_ranks)
     check_steps(config)
     model = starting_model(config, outline_of(config))
-    # What is trained, which a model to start from may have decided.
-    settings = {**config.to_json(), "network": asdict(model.config.network)}
-    check_run(config.output_dir, settings, {*MAY_CHANGE, "data_digest"})
+    settings = settings_of(config, model)
+    # Encoded data are told by their digest; others, before the effort, by where they are.
+    unknown = "data" if settings["data_digest"] else "data_digest"
+    check_run(config.output_dir, settings, {*MAY_CHANGE, unknown})
     dataset = open_dataset(config, ranks, report)
     settings["data_digest"] = dataset.digest
-    check_run(config.output_dir, settings, MAY_CHANGE)
+    check_run(config.output_dir, settings, {*MAY_CHANGE, "data"})
+    if ranks.is_first and (remark := stretched_schedules(config)):
+        logger.warning(remark)
     training = Training(config, model, dataset, ranks)
     distributed.barrier()  # nobody is still looking at what the directory holds
     if ranks.is_first:
@@ -241,20 +249,26 @@ def is_due(step: int, config: TrainConfig, *every: int) -> bool:
 def open_dataset(config: TrainConfig, ranks: Ranks, report: Report | None) -> ShardDataset:
     """Open the shards, or encode the pixels of a source into the run's directory once."""
     size = config.image_size or config.network.input_size
-    encode = EncodeConfig(image_size=size, seed=config.seed)
+    encode = EncodeConfig(image_size=size, seed=config.seed, strict=config.strict)
     cache = config.output_dir / DATA_DIR
     if ranks.is_first:
-        skipped = prepare(config.data, cache, encode, report=report).index["skipped"]
-        if skipped:
-            logger.warning(
-                "%d images of %s are left out, such as %s: %s",
-                len(skipped),
-                config.data,
-                skipped[0]["image"],
-                skipped[0]["reason"],
-            )
+        tell_of_skipped(config, prepare(config.data, cache, encode, report=report))
     distributed.barrier()
     return prepare(config.data, cache, encode)
+
+
+def tell_of_skipped(config: TrainConfig, dataset: ShardDataset) -> None:
+    """Name an image that could not be read; refuse the data when strict."""
+    skipped = dataset.index["skipped"]
+    if not skipped:
+        return
+    text = (
+        f"{len(skipped)} of {len(skipped) + len(dataset)} images of {config.data} are left out, "
+        f"such as {skipped[0]['image']}: {skipped[0]['reason']}"
+    )
+    if config.strict:
+        raise ValueError(f"data must hold no image that cannot be read when strict: {text}")
+    logger.warning(text)
 
 
 class Companion:

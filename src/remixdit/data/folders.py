@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from remixdit.data.source import UNLABELLED, Source, fingerprint
+from remixdit.data.source import UNLABELLED, Source, fingerprint, name_of
 
 __all__ = ["FileReader", "folder_source"]
 
@@ -43,7 +43,7 @@ def folder_source(root: Path, split: str | None) -> Source:
     class_names, class_labels = _classes(root, paths)
     sizes = [_file_bytes(root / path) for path in paths]
     return Source(
-        name=root.name,
+        name=name_of(root),
         image_names=paths,
         class_labels=class_labels,
         class_names=class_names,

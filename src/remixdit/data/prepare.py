@@ -1,10 +1,13 @@
 """What training calls: whatever the user named => shards, encoded once and kept."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from remixdit.data.encoding import EncodeConfig, Progress, encode
 from remixdit.data.shards import ShardDataset, is_shard_dir
+from remixdit.data.source import UnreadableImageError
 from remixdit.data.sources import open_source
 
 __all__ = ["prepare"]
@@ -28,11 +31,29 @@ def prepare(
         report: is called with the progress of the encoding.
 
     Raises:
-        ValueError: the source cannot be read, or the cache belongs to another source or size.
+        ValueError: the source cannot be read, or the cache belongs to another source or size; when
+            strict, an UnreadableImageError that names the image, and nothing is left of a new
+            cache.
     """
     if is_shard_dir(Path(source)):
         return ShardDataset(source)
-    for progress in encode(open_source(source, split), cache_dir, config):
-        if report is not None:
-            report(progress)
+    with _left_as_found(Path(cache_dir)):
+        for progress in encode(open_source(source, split), cache_dir, config):
+            if report is not None:
+                report(progress)
     return ShardDataset(cache_dir)
+
+
+@contextmanager
+def _left_as_found(directory: Path) -> Iterator[None]:
+    """Remove what a refused encoding leaves in a directory that was not there before."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        yield
+    except ValueError as error:
+        if made and isinstance(error, UnreadableImageError):
+            shutil.rmtree(directory, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # there is something in it after all
+                path.rmdir()
+        raise

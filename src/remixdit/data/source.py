@@ -8,13 +8,21 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from remixdit.data import images
 
-__all__ = ["UNLABELLED", "Source", "UnreadableImageError", "fingerprint", "numbered_class_names"]
+__all__ = [
+    "UNLABELLED",
+    "Source",
+    "UnreadableImageError",
+    "fingerprint",
+    "name_of",
+    "numbered_class_names",
+]
 
 UNLABELLED = -1
 NUM_SAMPLED_FOR_COLOUR = 64
@@ -111,6 +119,11 @@ def fingerprint(parts: Iterable[object]) -> str:
     for part in parts:
         digest.update(part if isinstance(part, bytes) else f"{part}\n".encode())
     return digest.hexdigest()
+
+
+def name_of(path: Path) -> str:
+    """Return what a collection is called, however its folder is spelled: `.` has a name too."""
+    return path.resolve().name if path.is_dir() else path.name
 
 
 def numbered_class_names(class_labels: np.ndarray) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from remixdit.data.source import UNLABELLED, Source, fingerprint, numbered_class_names
+from remixdit.data.source import UNLABELLED, Source, fingerprint, name_of, numbered_class_names
 
 __all__ = ["hub_source", "parquet_source"]
 
@@ -75,7 +75,7 @@ def parquet_source(path: Path, split: str | None) -> Source:
     ]
     files = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}" for file in paths]
     return Source(
-        name=path.name if split is None else f"{path.name}/{split}",
+        name=name_of(path) if split is None else f"{name_of(path)}/{split}",
         image_names=names,
         class_labels=labels if labels is not None else np.full(len(names), UNLABELLED, np.int64),
         class_names=class_names,
