@@ -72,6 +72,70 @@ def test_a_run_goes_on_with_other_slices(first, second, train, tmp_path):
             assert whole == parts
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "all experts in turn",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in RUNS
+            if name != "all experts in turn"
+        ),
+    ],
+)
+def test_two_groups_of_two_processes_train_as_one_does(name, train, tmp_path):
+    line = f"{train} {RUNS[name]} --output-dir {tmp_path}"
+    remixdit(f"{line}/one")
+    launch(f"{line}/four --shard --shard-size 2", 4)
+    assert_close_runs(tmp_path / "one", tmp_path / "four")
+    assert files_below(tmp_path / "one") == files_below(tmp_path / "four")
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        (1, "--shard"),
+        *(
+            pytest.param(second, marks=pytest.mark.slow)
+            for second in ((2, "--shard --shard-size 2"), (4, ""), (4, "--shard"))
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_of_groups_goes_on_with_other_groups(second, train, tmp_path):
+    line = f"{train} --batch-size 12 --experts-per-step 2 --output-dir {tmp_path}"
+    launch(f"{line}/whole")
+    launch(f"{line}/parts --steps 3 --shard --shard-size 2", 4)
+    launch(f"{line}/parts {second[1]}", second[0])
+    assert_close_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_groups_that_start_from_a_checkpoint_save_it_again(train, tmp_path):
+    line = f"{train} --batch-size 12 --output-dir {tmp_path}"
+    launch(f"{line}/whole")
+    launch(f"{line}/parts --steps 3")
+    launch(f"{line}/parts --shard --shard-size 2", 4)
+    assert_close_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--shard-size 2", "shard_size must be 0 without shard, got 2"),
+        pytest.param(
+            "--shard --shard-size 4",
+            "shard_size must divide the 2 processes, got 4",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_groups_that_make_no_sense_are_refused(options, message, data, tmp_path):
+    errors = launch(f"train tiny --data {data} --output-dir {tmp_path}/run {options}", code=1)
+    assert f"remixdit: error: {message}\n" in errors
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_sharded_processes_sample_during_training(train, tmp_path):
     options = "--sample-every 3 --sample-images 4 --sample-inference-steps 3"

@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a resumed run may have otherwise than the run it goes on with.
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
-    *("output_dir", "tensorboard", "shard", "strict", "recompute"),
+    *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute"),
 }
 
 
@@ -172,6 +172,8 @@ class TrainConfig:
     """fp32, or bf16: a bfloat16 network under float32 bases."""
     shard: bool = False
     """Share bases, moments and averages out over the processes, in slices of equal size."""
+    shard_size: int = 0
+    """Processes that share one copy of all that out, such as those of a machine; 0 for all."""
     compile: bool = False
     """Compile the network, once for all experts, and the update (on a GPU it always is)."""
     network: DiTConfig = field(default_factory=DiTConfig)
@@ -188,6 +190,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch_size < 0:
             raise ValueError(f"micro_batch_size must be at least 0, got {self.micro_batch_size}")
+        if self.shard_size < 0 or (self.shard_size and not self.shard):
+            raise ValueError(f"shard_size must be 0 without shard, got {self.shard_size}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
         if self.objective.timestep_strata > 1 and self.mixture.num_experts > 1:

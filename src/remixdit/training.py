@@ -33,7 +33,7 @@ from remixdit.model import RemixDiT
 from remixdit.optim import MixtureAdamW
 from remixdit.run import DATA_DIR, Board, append_metrics, check_run, claim_run, cut_metrics
 from remixdit.sampling import SamplingConfig, sample
-from remixdit.sharding import Shard
+from remixdit.sharding import shared_out
 from remixdit.stacking import ExpertStack, stacks
 from remixdit.start import (
     outline_of,
@@ -74,7 +74,7 @@ class Training:
         self.config, self.ranks = config, ranks
         self.device = distributed.pick_device(config.device)
         if config.shard and ranks.num_ranks > 1:  # first, as a GPU may not hold the whole
-            model.mixture.shard(Shard(ranks.rank, ranks.num_ranks))
+            model.mixture.shard(shared_out(self.device.type, config.shard_size or ranks.num_ranks))
         self.model = model.to(self.device)
         self.optimizer = MixtureAdamW(
             self.model.mixture, config.optimizer, compile=config.compile or None
@@ -192,6 +192,7 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     # Everything that can be refused is refused before the run's directory is made.
     check_batch_size(config.batch_size, ranks.num_ranks)
     check_steps(config)
+    check_shard_size(config, ranks)
     model = starting_model(config, outline_of(config))
     settings = settings_of(config, model)
     # Encoded data are told by their digest; others, before the effort, by where they are.
@@ -231,6 +232,14 @@ def check_steps(config: TrainConfig) -> None:
     if config.steps < done:
         raise ValueError(
             f"steps must be at least the {done} that the run has done, got {config.steps}"
+        )
+
+
+def check_shard_size(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse groups that do not hold the same number of processes."""
+    if config.shard_size and ranks.num_ranks > 1 and ranks.num_ranks % config.shard_size:
+        raise ValueError(
+            f"shard_size must divide the {ranks.num_ranks} processes, got {config.shard_size}"
         )
 
 
