@@ -9,7 +9,7 @@ from remixdit.data import Batch
 from remixdit.intervals import Intervals
 from remixdit.model import RemixDiT
 from remixdit.optim import MixtureAdamW, OptimizerConfig
-from remixdit.stacking import ExpertStack
+from remixdit.stacking import ExpertStack, Order
 from remixdit.start import training_strata
 from remixdit.train_config import MixtureConfig, ObjectiveConfig, TrainConfig
 from remixdit.train_step import Window, plan_step, step_inputs, train_step
@@ -167,3 +167,10 @@ def test_labels_are_dropped_at_the_asked_rate_and_by_seed():
     first, again = (step_inputs(model, images(3000), plan, config).class_labels for _ in range(2))
     assert torch.equal(first, again)
     assert (first == 3).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize(("first", "count", "num_experts"), [(0, 12, 5), (7, 11, 4), (3, 2, 5)])
+def test_sorted_images_belong_to_the_experts_of_their_places(first, count, num_experts):
+    order = Order.of(first, count, num_experts, torch.device("cpu"))
+    assert sorted(order.rows.tolist()) == list(range(count))
+    assert torch.equal(order.experts(num_experts), (first + order.rows) % num_experts)

@@ -250,7 +250,7 @@ class PatchEmbed(nn.Module):
         """Embed: (B, C, H, W) => (B, T, D), row by row."""
         batch, channels, height, width = latents.shape
         patch = self.proj.kernel_size[0]
-        # A product of matrices, which batches over experts, unlike a convolution.
+        # A product of matrices, which several experts can share, unlike a convolution.
         grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C*P*P)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -1,10 +1,10 @@
-"""The three passes over the bases: mix, inner products, update. Pure functions of flat tensors.
+"""The passes over the bases: mix, inner products, update. Pure functions of flat tensors.
 
 They move K times the memory of a plain network's optimizer and compute next to nothing, so what
 counts is how often they read and write. Compiled, each is one kernel without a temporary of K
 arrays; eager, they work chunk by chunk, so that temporaries stay in the cache.
 
-Shapes: K bases, P numbers of a segment, R plain gradients.
+Shapes: K bases, P numbers of a segment, R plain gradients, M mixtures.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["AdamW", "adamw_step", "compiled", "inner_products", "mix", "update"]
+__all__ = ["AdamW", "adamw_step", "compiled", "inner_products", "mix", "mix_rows", "update"]
 
 # Elements of one array that an eager pass works on at a time: on a CPU few enough to stay in the
 # cache and enough for two threads; on a GPU enough to fill it.
@@ -45,9 +45,18 @@ def mix(bases: Tensor, coefficients: Tensor, out: Tensor) -> None:
         out.copy_((coefficients[:, None] * bases).sum(0))
 
 
+def mix_rows(bases: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    """Write M mixtures to `out` (M, P), in its dtype; bases is (K, P), coefficients (M, K)."""
+    for part in chunks(bases, len(out)):
+        out[:, part] = coefficients @ bases[:, part]
+
+
 def inner_products(bases: Tensor, grads: Tensor) -> Tensor:
     """Return (R, K) inner products of the gradients (R, P) with the bases (K, P)."""
-    return grads.to(bases.dtype) @ bases.t()
+    products = bases.new_zeros(len(bases), len(grads))  # its transpose takes twice the time
+    for part in chunks(bases, len(grads)):
+        products.addmm_(bases[:, part], grads[:, part].to(bases.dtype).t())
+    return products.t()
 
 
 def adamw_step(
@@ -93,15 +102,15 @@ def update(
         scalars = AdamW(*on_device.unbind())
         compiled(adamw_step)(bases, grads, weights, exp_avg, exp_avg_sq, ema, scalars)
         return
-    for part in chunks(bases):
+    for part in chunks(bases, len(grads)):
         cut = (values[:, part] for values in (bases, grads, exp_avg, exp_avg_sq, ema))
         values, grad, first, second, average = cut
         adamw_step(values, grad, weights, first, second, average, numbers)
 
 
-def chunks(bases: Tensor) -> Iterator[slice]:
-    """Cut P so that one chunk of all K bases has the size that suits the device."""
-    size = max(1, (GPU_CHUNK if bases.is_cuda else CPU_CHUNK) // len(bases))
+def chunks(bases: Tensor, rows: int) -> Iterator[slice]:
+    """Cut P so that a chunk of all K bases, and of so many other rows, suits the device."""
+    size = max(1, (GPU_CHUNK if bases.is_cuda else CPU_CHUNK) // max(rows, len(bases)))
     for start in range(0, bases.shape[1], size):
         yield slice(start, start + size)
 

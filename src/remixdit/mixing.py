@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from remixdit import kernels
 from remixdit.coefficients import KINDS, check_counts, initial_table, own_basis_loss
 from remixdit.segments import Segment, check_same_shapes
 from remixdit.selection import MIXED, block_of, grouped, keeps_float32, mixed_names, tied_names
@@ -306,7 +307,7 @@ class Mixture:
             if not segment.is_mixed or self._folded:
                 continue
             assert segment.grads is not None
-            products = segment.grads.to(segment.bases.dtype) @ segment.bases.t()  # (M, K)
+            products = kernels.inner_products(segment.bases, segment.grads)  # (M, K)
             for (_, dots), product in zip(totals, products, strict=True):
                 dots[segment.table or 0] += product
         summed = total_of(torch.stack([dots for _, dots in totals]), self.sharding)

@@ -157,7 +157,7 @@ class Segment:
 
     def mix_rows(self, coefficients: Tensor, out: Tensor) -> None:
         """Write M mixtures to `out`, (M, P); coefficients is (M, K)."""
-        self._own(out).copy_(coefficients @ self.bases)
+        kernels.mix_rows(self.bases, coefficients, self._own(out))
         for row in out:
             self._gather(row)
 

@@ -19,7 +19,7 @@ from remixdit.intervals import Intervals
 from remixdit.model import RemixDiT
 from remixdit.optim import StepStats
 from remixdit.seeds import generator_for
-from remixdit.stacking import ExpertStack
+from remixdit.stacking import ExpertStack, Order
 from remixdit.train_config import TrainConfig
 
 __all__ = ["Inputs", "StepPlan", "Window", "plan_step", "step_inputs", "train_step"]
@@ -75,9 +75,9 @@ class Window:
         self.last_grad_norm = torch.zeros((), device=device)
         self.started = time.perf_counter()
 
-    def add_losses(self, strata: Tensor, total: Tensor, mse: Tensor, real: Tensor) -> None:
-        """Add the losses (B,) of images of the intervals `strata` (B,), where `real` is 1."""
-        rows = torch.stack([total * real, mse * real, real]).detach()
+    def add_losses(self, strata: Tensor, total: Tensor, mse: Tensor) -> None:
+        """Add the losses (B,) of images of the intervals `strata` (B,)."""
+        rows = torch.stack([total, mse, torch.ones_like(mse)]).detach()
         self.losses.index_add_(1, strata, rows.float())
 
     def add_stats(self, stats: StepStats) -> None:
@@ -197,22 +197,12 @@ def stacked_pass(
     stack: ExpertStack,
 ) -> None:
     """Run all experts of a step at once, each on its own rows of the batch."""
-    groups = [group_rows(group, len(experts), inputs) for group in range(len(experts))]
-    count = max(map(len, groups))
-    # Where groups differ by one image, the shorter repeat one of weight 0.
-    padded = [torch.cat([rows, rows.new_zeros(count - len(rows))]) for rows in groups]
-    places = torch.stack(padded)  # (M, c)
-    own = inputs.rows(places.flatten())  # (M * c,)
-    for group, rows in enumerate(groups):
-        own.weights.view(places.shape)[group, len(rows) :] = 0
+    order = Order.of(inputs.first, len(inputs.latents), len(experts), model.device)
+    own = inputs.rows(order.rows)
     timesteps = model.process.network_timesteps(own.timesteps)
     noisy = model.process.add_noise(own.latents, own.noise, own.timesteps)
     stack.begin_step(experts)
-    apart = (
-        values.view(*places.shape, *values.shape[1:])
-        for values in (noisy, timesteps, own.class_labels)
-    )
-    output = stack(*apart).flatten(0, 1)
+    output = stack(order, noisy, timesteps, own.class_labels)
     back_propagate(model, output, own, window)
 
 
@@ -226,7 +216,7 @@ def back_propagate(model: RemixDiT, output: Tensor, own: Inputs, window: Window)
     """Weigh the losses of some images, add them to the window and go back."""
     loss = model.process.loss(output, own.latents, own.noise, own.timesteps)
     torch.autograd.backward((loss.total * own.weights).sum())
-    window.add_losses(own.strata, loss.total, loss.mse, (own.weights > 0).float())
+    window.add_losses(own.strata, loss.total, loss.mse)
 
 
 def step_noise(latents: Tensor, positions: Tensor, config: TrainConfig, step: int) -> Tensor:
