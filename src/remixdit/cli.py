@@ -25,6 +25,7 @@ COMMANDS = {
     "data": ("data", "check DIR: verify shards, show a contact sheet and the classes"),
     "train": ("train", "train or fine-tune; the same command again resumes"),
     "sample": ("sample", "draw images: a grid, an npz or files"),
+    "evaluate": ("evaluate", "score a model or images against real ones; experts by interval"),
     "plot": ("plot", "figures of a run: losses, coefficients, gradients"),
     "import": ("importing", "a published DiT or Remix-DiT checkpoint -> a model directory"),
     "export": ("exporting", "a model -> plain DiTs, or diffusers"),

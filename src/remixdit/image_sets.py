@@ -72,6 +72,10 @@ class ImageSet:
     """Equal for equal images and labels."""
     read: Read = field(repr=False)
     """Yields the images of rising rows, part by part; those that cannot be read are left out."""
+    batch_size: int = BATCH_SIZE
+    """Images of a batch."""
+    chosen: np.ndarray | None = None
+    """(n,) rising, which of a larger set these are."""
     note: str = ""
     """What should be said of these images beside a score."""
 
@@ -80,7 +84,7 @@ class ImageSet:
 
     def batches(self, rank: int = 0, num_ranks: int = 1) -> Iterator[ImageBatch]:
         """Yield the images in order; with several processes, every num_ranks-th batch."""
-        parts = np.split(np.arange(len(self)), range(BATCH_SIZE, len(self), BATCH_SIZE))
+        parts = np.split(np.arange(len(self)), range(self.batch_size, len(self), self.batch_size))
         yield from self.read(parts[rank::num_ranks])
 
     def drawn(self, count: int, seed: int = 0) -> "ImageSet":
@@ -94,7 +98,12 @@ class ImageSet:
             for batch in read([chosen[part] for part in parts]):
                 yield ImageBatch(np.searchsorted(chosen, batch.rows), batch.images)
 
-        return replace(self, class_labels=self.class_labels[chosen], read=read_chosen)
+        labels = self.class_labels[chosen]
+        return replace(self, class_labels=labels, read=read_chosen, chosen=chosen)
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Return which images of the whole collection some rows are."""
+        return rows if self.chosen is None else self.chosen[rows]
 
 
 def open_images(
