@@ -30,9 +30,12 @@ def colours(pixels: Tensor) -> Features:
     return Features(pool, logits=8 * pool, spatial=pool[:, :4])
 
 
+COLOURS = Extractor("colours", 6, "none", "0" * 64, torch.device("cpu"), colours)
+
+
 @pytest.fixture
 def extractor() -> Extractor:
-    return Extractor("colours", 6, "none", "0" * 64, torch.device("cpu"), colours)
+    return COLOURS
 
 
 def features(count: int, seed: int = 0, size: int = 6) -> FeatureSet:
