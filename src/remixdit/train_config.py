@@ -212,6 +212,15 @@ class TrainConfig:
             return max(1, self.objective.timestep_strata)
         return self.mixture.experts_per_step or self.mixture.num_experts
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the experts of a step must run one after the other.
+
+        All at once takes more memory, which who asks for less does not want; compiled, the network
+        runs one expert at a time.
+        """
+        return bool(self.micro_batch_size or self.recompute or self.compile)
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return {**asdict(self), "output_dir": str(self.output_dir)}

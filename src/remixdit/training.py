@@ -94,10 +94,7 @@ class Training:
         )
         self.stack: ExpertStack | None = None
         experts = config.strata_per_step if self.model.num_experts > 1 else 1
-        # A stack takes more memory, which who asks for less does not want; compiled, the network
-        # runs one expert at a time.
-        in_turn = config.micro_batch_size or config.recompute or config.compile
-        if not in_turn and stacks(self.model.mixture, experts):
+        if not config.takes_turns and stacks(self.model.mixture, experts):
             self.stack = ExpertStack(self.model.mixture, experts)
         self.step = 0
         self.reduced_bytes = 0  # of gradients, in the last step
