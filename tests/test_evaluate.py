@@ -106,6 +106,7 @@ def test_samples_are_scored_as_their_files_are(model, data, tmp_path, capsys):
         accuracy = other["conditional_accuracy"]["value"]
         assert accuracy == result["conditional_accuracy"]["value"]
     assert other["evaluated"]["sampling"]["guidance_scale"] == 2
+    assert other["evaluated"]["sampling"]["scheduler"] == "ddpm"
     drawn = result["evaluated"]["sampling"]
     assert (drawn["scheduler"], drawn["num_inference_steps"], drawn["seed"]) == ("ddpm", 3, 3)
     assert drawn["guidance_interval"] == [0, 1]
@@ -414,6 +415,20 @@ def test_shards_of_another_size_are_refused_before_any_sample(model, data, tmp_p
     line = f"evaluate {model} --reference {tmp_path}/shards"
     assert "image_size of" in refusal(line, capsys)
     assert "must be (3, 16, 16)" in refusal(f"{line} --per-interval", capsys)
+
+
+def test_files_that_are_not_what_their_name_says_are_refused(model, data, tmp_path, capsys):
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(b"garbage")
+    for line in (f"{bad} --reference {data}/real.npz", f"{model} --reference {bad}"):
+        message = f"{bad} cannot be read as npz: it is no whole zip archive"
+        assert refusal(f"evaluate {line}", capsys) == message
+    line = f"evaluate {model} --reference {data}/real.npz --extractor"
+    for extractor in ("inception", "lite0"):
+        found = refusal(f"{line} {extractor} --extractor-weights {bad}", capsys)
+        assert found == f"extractor_weights must be weights of extractor {extractor}, got {bad}"
+    line = f"evaluate {model} --per-interval --reference {data}/real.npz --against"
+    assert refusal(f"{line} nothere", capsys) == "nothere: no such model, nor owner/name on the hub"
 
 
 def test_help_is_printed(capsys):

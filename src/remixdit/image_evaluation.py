@@ -8,6 +8,7 @@ the result.
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from remixdit.distributed import Ranks
 from remixdit.features import Extractor, Reference, load_extractor, read_reference
-from remixdit.image_sets import ImageSet, npz_images, open_images
+from remixdit.image_sets import ImageSet, check_npz, npz_images, open_images
 from remixdit.machine import machine
 from remixdit.sample_checks import conditional_accuracy, copies, matched_labels
 from remixdit.scores import FeatureSet, collect, scores
@@ -153,6 +154,10 @@ def open_extractor(config: ImageConfig, device: torch.device) -> Extractor:
         return load_extractor(config.extractor, weights=weights, device=device)
     except ImportError as error:
         raise ValueError(str(error)) from error
+    except (UnpicklingError, RuntimeError) as error:  # torch's words for what is no such file
+        raise ValueError(
+            f"extractor_weights must be weights of extractor {config.extractor}, got {weights}"
+        ) from error
 
 
 def open_real(config: ImageConfig, fake: ImageSet, extractor: Extractor, seed: int) -> Real:
@@ -191,13 +196,10 @@ def statistics_in(path: Path) -> Reference | None:
     """Return what an .npz holds, None for anything else."""
     if path.suffix != ".npz" or not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if "mu" not in arrays.files:
-                return None
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as npz: {error}") from error
-    return read_reference(path)
+    check_npz(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        names = arrays.files
+    return read_reference(path) if "mu" in names else None
 
 
 def open_train(config: ImageConfig, fake: ImageSet, real: Real, seed: int) -> ImageSet | None:

@@ -10,6 +10,7 @@ Shapes: B images of a batch, n of a set, S = image_size, C channels (1 or 3).
 
 import logging
 import os
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,10 +129,17 @@ def open_images(
             raise ValueError(f"split must be left out for shards, got {split!r} for {path}")
         return shard_images(ShardDataset(path), image_size, channels, device)
     if Path(path).suffix == ".npz" and Path(path).is_file() and split is None:
+        check_npz(Path(path))
         reference = read_npz(Path(path))
         if reference is not None:
             return npz_images(reference, image_size, channels)
     return source_images(open_source(path, split), image_size, channels)
+
+
+def check_npz(path: Path) -> None:
+    """Refuse a file that only has the name of an .npz, or was cut short."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} cannot be read as npz: it is no whole zip archive")
 
 
 def read_npz(path: Path) -> Reference | None:

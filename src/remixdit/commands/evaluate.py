@@ -141,7 +141,15 @@ def names_model(path: str) -> bool:
     found = Path(path)
     if found.is_dir():
         return not is_shard_dir(found) and any((found / name).is_file() for name in MODEL_FILES)
-    return not found.exists() and not found.suffix
+    return is_hub_name(path)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether something that does not exist may be a model of the hub, owner/name."""
+    found = Path(path)
+    if found.exists() or found.is_absolute() or found.suffix:
+        return False
+    return len(found.parts) == 2 and not found.parent.exists()
 
 
 def refuse_unused(arguments: EvaluateArguments, is_model: bool) -> None:
@@ -238,6 +246,8 @@ def by_interval(arguments: EvaluateArguments, device: torch.device) -> dict[str,
 
 def opened(path: str, arguments: EvaluateArguments, device: torch.device) -> RemixDiT:
     """Load a model, in its precision."""
+    if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
+        raise ValueError(f"{path}: no such model, nor owner/name on the hub")
     model = load_model(path, ema=arguments.ema, device=str(device))
     model.mixture.cast_network(PRECISIONS[arguments.precision])
     return model

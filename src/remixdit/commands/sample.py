@@ -83,7 +83,8 @@ def draw(arguments: SampleArguments) -> None:
             bar.update(done)
     distributed.barrier()
     if ranks.is_first:
-        about = {"checkpoint": arguments.checkpoint, "sampling": asdict(config)}
+        facts = {"scheduler": config.resolved_scheduler(model), "precision": arguments.precision}
+        about = {"checkpoint": arguments.checkpoint, "sampling": {**asdict(config), **facts}}
         write_about(target, {**about, "class_labels": class_labels})
         say(f"wrote {config.num_images} images to {arguments.output}")
 
