@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from remixdit import __version__
@@ -138,6 +139,14 @@ def test_a_bug_is_not_hidden(monkeypatch):
     monkeypatch.setitem(COMMANDS, "info", ("no_such_module", ""))
     with pytest.raises(ModuleNotFoundError):
         main(["info"])
+
+
+def test_too_little_memory_ends_in_one_line(run, monkeypatch, capsys):
+    def describe(*_args: object, **_options: object) -> None:
+        torch.empty(10**16, dtype=torch.uint8)
+
+    monkeypatch.setattr("remixdit.commands.info.describe", describe)
+    assert "allocate memory" in refusal(f"info {run}", capsys, code=1)
 
 
 # --- train
@@ -329,6 +338,12 @@ def test_encoded_data_are_checked_and_trained_on(tmp_path, capsys):
     assert picture(tmp_path / "sheet.png").shape[1] > 64
     remixdit(f"train tiny --data {shards} --output-dir {tmp_path}/run --steps 1")
     assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["sheet.jpg", "nowhere/sheet.png"])
+def test_contact_sheet_that_cannot_be_written_is_refused_first(name, tmp_path, capsys):
+    message = refusal(f"data check {tmp_path} --output {tmp_path}/{name}", capsys)
+    assert message == (f"output must be a .png in a directory that exists, got {tmp_path}/{name}")
 
 
 def test_flipped_bit_is_found(tmp_path, capsys):

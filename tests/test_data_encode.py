@@ -126,6 +126,17 @@ def test_a_cache_of_another_encoding_is_refused(tmp_path):
         prepare(root, tmp_path / "cache", EncodeConfig(image_size=16))
 
 
+def test_a_missing_shard_is_found_before_training(tmp_path):
+    root, config = make_folder(tmp_path / "photos"), EncodeConfig(image_size=16, shard_size=4)
+    prepare(root, tmp_path / "cache", config)
+    (tmp_path / "cache" / "latents-00002.npy").unlink()
+    for source in (root, tmp_path / "cache"):
+        with pytest.raises(
+            ValueError, match=r"shard .*latents-00002.npy cannot be read: .*No such"
+        ):
+            prepare(source, tmp_path / "cache", config)
+
+
 def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     np.save(tmp_path / "out" / "thesis.npy", np.zeros(3))

@@ -56,6 +56,10 @@ def refused_run(given, tmp_path, capsys, options: str) -> str:
         ),
         ("--experts-per-step 9", "experts_per_step must be in 0..4, got 9"),
         ("--steps 0", "steps must be at least 1, got 0"),
+        ("--image-size 0", "image_size must be at least 8, got 0"),
+        ("--micro-batch-size -1", "micro_batch_size must be at least 0, got -1"),
+        ("--sample-every -1", "sample_every must be at least 0, got -1"),
+        ("--timestep-strata -1", "timestep_strata must be at least 0, got -1"),
         (
             "--batch-size 3",
             "batch_size must be at least one image for each of 4 intervals a step, got 3",
@@ -227,6 +231,58 @@ def test_directory_of_something_else_is_refused(given, tmp_path, capsys):
     line = f"train tiny --data {given}/colour.npz --output-dir {photos}"
     assert refusal(line, capsys) == f"output_dir must be empty or hold a run, got {photos}"
     assert files_below(photos) == {"cat", "cat/0.png"}
+
+
+def test_run_inside_of_the_images_is_refused(tmp_path, capsys):
+    """It would count as a class of theirs, and no other run could read them."""
+    photos = write_folder(tmp_path / "photos", cat=3, dog=3)
+    before = files_below(photos)
+    for line in (
+        f"train tiny --data {photos} --output-dir {photos}/run",
+        f"encode {photos}/ --output {photos}/new/../shards --image-size 16",
+    ):
+        assert refusal(line, capsys).startswith(
+            f"output must lie outside of the images in {photos}, got {photos}/"
+        )
+    assert files_below(photos) == before
+
+
+def test_run_beside_shards_is_accepted(tmp_path):
+    write_npz(tmp_path / "pictures.npz")
+    remixdit(f"encode {tmp_path}/pictures.npz --output {tmp_path}/shards --image-size 16")
+    remixdit(f"train tiny --data {tmp_path}/shards --output-dir {tmp_path}/shards/run --steps 1")
+
+
+DAMAGE = {
+    "config.json": (b"garbage", "{run}/config.json must hold a JSON object, got 'garbage': "),
+    "metrics.jsonl": (b"garbage\n", "line 1 of {run}/metrics.jsonl must hold a JSON object, got "),
+    "data/index.json": (b"garbage", "{run}/data/index.json is no index of shards: "),
+    "data/latents-00000.npy": (None, "shard {run}/data/latents-00000.npy cannot be read: "),
+    "checkpoints/step-00000002/state.json": (b"{}", "{whole}/checkpoints/step-00000002: no 'step'"),
+    "checkpoints/step-00000002/ema.safetensors": (
+        b"",
+        "{whole}/checkpoints/step-00000002: Error while deserializing header: ",
+    ),
+    "checkpoints/step-00000002": (None, "{whole}/checkpoints/step-00000002: no state.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_run_is_refused_by_what_is_damaged(name, given, tmp_path, capsys):
+    run, (content, sentence) = tmp_path / "run", DAMAGE[name]
+    shutil.copytree(given / "colour", run)
+    if content is not None:
+        (run / name).write_bytes(content)
+    elif (run / name).is_dir():
+        shutil.rmtree(run / name)
+        (run / name).mkdir()
+    else:
+        (run / name).unlink()
+    before = {path: (run / path).stat().st_mtime_ns for path in files_below(run)}
+    line = f"train tiny --data {given}/colour.npz --output-dir {run} --steps 3"
+    whole = f"model must have whole files, got {run}"
+    assert refusal(line, capsys).startswith(sentence.format(run=run, whole=whole))
+    assert {path: (run / path).stat().st_mtime_ns for path in files_below(run)} == before
 
 
 def test_file_in_the_way_is_refused(given, tmp_path, capsys):

@@ -86,11 +86,12 @@ def restore(directory: Path, model: RemixDiT, optimizer: MixtureAdamW) -> int:
         averages, weights, moments = (
             load_file(directory / f"{name}.safetensors") for name in ("ema", "model", "optimizer")
         )
+        step, basis_steps = int(state["step"]), state["basis_steps"]
     with optimizer.averaged():
         model.mixture.load_state_dict(averages)
     model.mixture.load_state_dict(weights)
-    optimizer.load_state_dict(moments, state["basis_steps"])
-    return int(state["step"])
+    optimizer.load_state_dict(moments, basis_steps)
+    return step
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -122,15 +123,19 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
 def model_config(directory: Path) -> RemixConfig:
     """Return what the model of a checkpoint is, without its weights."""
     with damage_named(directory):
-        values = json.loads((directory / "config.json").read_text("utf-8"))
-    return RemixConfig.from_json(values)
+        return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
 
 
 @contextmanager
 def damage_named(directory: Path) -> Iterator[None]:
-    """Name the directory of a model whose files are cut short or no JSON."""
+    """Name the directory of a model whose files are missing, cut short or no JSON."""
     try:
         yield
+    except FileNotFoundError as error:
+        missing = Path(error.filename or "a file").name
+        raise ValueError(f"model must have whole files, got {directory}: no {missing}") from error
+    except KeyError as error:
+        raise ValueError(f"model must have whole files, got {directory}: no {error}") from error
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"model must have whole files, got {directory}: {error}") from error
 

@@ -37,6 +37,8 @@ COMMANDS = {
 # what their files meet on a full disk.
 MACHINE_ERRORS = ("OutOfMemoryError", "SafetensorError")
 
+NO_MEMORY = "can't allocate memory"  # in a RuntimeError, which is what torch raises on a CPU
+
 PATIENCE_SECONDS = 3  # of all processes but the first, before they speak of errors
 
 HELP = """\
@@ -68,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "by peer" in str(error):  # gloo's word for it; torchrun tells which one, and why
             error = ConnectionError("another process has ended")
-        elif type(error).__name__ not in MACHINE_ERRORS:
+        elif type(error).__name__ not in MACHINE_ERRORS and NO_MEMORY not in str(error):
             raise
         return failed(error, 1)
 

@@ -24,7 +24,7 @@ __all__ = [
     "cut_metrics",
     "location",
     "read_metrics",
-    "stated_steps",
+    "stated_settings",
 ]
 
 DATA_DIR = "data"  # where a run keeps what it encoded
@@ -40,11 +40,12 @@ def check_run(directory: Path, settings: Mapping[str, Any], may_change: set[str]
         may_change: Names of settings that a resumed run may have otherwise.
 
     Raises:
-        ValueError: the directory holds something else, or a run of other settings.
+        ValueError: the directory holds something else, or a run of other settings or damaged.
     """
-    path = directory / "config.json"
-    if path.is_file():
-        refuse_changes(directory, json.loads(path.read_text("utf-8")), settings, may_change)
+    stated = stated_settings(directory)
+    if stated is not None:
+        refuse_changes(directory, stated, settings, may_change)
+        read_metrics(directory)
     elif directory.is_dir() and {entry.name for entry in directory.iterdir()} - {DATA_DIR}:
         raise ValueError(f"output_dir must be empty or hold a run, got {directory}")
     elif directory.exists() and not directory.is_dir():
@@ -96,10 +97,23 @@ def location(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def stated_steps(directory: Path) -> int | None:
-    """Return how many steps a run was asked for before, None for a new one."""
+def stated_settings(directory: Path) -> dict[str, Any] | None:
+    """Return what a run was asked for before, None for a new one."""
     path = directory / "config.json"
-    return int(json.loads(path.read_text("utf-8"))["steps"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return json_object(path, path.read_text("utf-8", errors="replace"))
+
+
+def json_object(place: object, text: str) -> dict[str, Any]:
+    """Return a JSON object; name the place that was to hold one."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}")
+    return found
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -131,8 +145,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    return [json_object(f"line {n} of {path}", text) for n, text in enumerate(lines[:-1], start=1)]
 
 
 def cut_metrics(directory: Path, step: int) -> None:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from remixdit import checkpoint
 from remixdit.autoencoder import Pixels
 from remixdit.checkpoint import newest_checkpoint
-from remixdit.data import ShardDataset, is_shard_dir, open_source
+from remixdit.data import ShardDataset, check_apart, is_shard_dir, open_source
 from remixdit.dit import DiT, DiTConfig
 from remixdit.intervals import Intervals, LogitNormal
 from remixdit.model import RemixConfig, RemixDiT, noise_process
 from remixdit.objectives import Diffusion, Flow
-from remixdit.run import DATA_DIR, location, stated_steps
+from remixdit.run import DATA_DIR, location, stated_settings
 from remixdit.seeds import generator_for
 from remixdit.train_config import TrainConfig
 
@@ -47,6 +47,7 @@ def outline_of(config: TrainConfig) -> Outline:
     shards = encoded_data(config)
     if shards is not None:
         return Outline(shards.shape, shards.class_names, shards.autoencoder)
+    check_apart(config.data, config.output_dir)
     source, size = open_source(config.data), config.image_size or config.network.input_size
     return Outline((source.channels, size, size), source.class_names, Pixels.spec)
 
@@ -74,8 +75,8 @@ def encoded_data(config: TrainConfig) -> ShardDataset | None:
 
 def stretched_schedules(config: TrainConfig) -> str:
     """Return what to know of a run that goes on to another last step, "" if there is nothing."""
-    before, newest = stated_steps(config.output_dir), newest_checkpoint(config.output_dir)
-    mixture = config.mixture
+    stated, newest = stated_settings(config.output_dir), newest_checkpoint(config.output_dir)
+    before, mixture = (stated or {}).get("steps"), config.mixture
     names = ["lr_schedule cosine"] if config.optimizer.lr_schedule == "cosine" else []
     if mixture.prior_strength and mixture.prior_schedule == "linear":
         names.append("prior_schedule linear")

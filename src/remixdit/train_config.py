@@ -107,6 +107,8 @@ class ObjectiveConfig:
         """Refuse values outside their range."""
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
+        if self.timestep_strata < 0:
+            raise ValueError(f"timestep_strata must be at least 0, got {self.timestep_strata}")
         if self.logit_normal and self.prediction_type != "flow_prediction":
             raise ValueError("logit_normal must be false without flow_prediction, got true")
 
@@ -138,6 +140,8 @@ class OutputConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sample_every < 0:
+            raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +189,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that do not fit together, before anything is read or written."""
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch_size < 0:
-            raise ValueError(f"micro_batch_size must be at least 0, got {self.micro_batch_size}")
+        least_of = {"steps": 1, "batch_size": 1, "micro_batch_size": 0, "image_size": 8}
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.shard_size < 0 or (self.shard_size and not self.shard):
             raise ValueError(f"shard_size must be 0 without shard, got {self.shard_size}")
         if self.precision not in PRECISIONS:

@@ -201,11 +201,11 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     if ranks.is_first and (remark := stretched_schedules(config)):
         logger.warning(remark)
     training = Training(config, model, dataset, ranks)
+    training.resume()  # first, as a checkpoint may be damaged
     distributed.barrier()  # nobody is still looking at what the directory holds
     if ranks.is_first:
         claim_run(config.output_dir, settings)
     distributed.barrier()
-    training.resume()
     recorder = recorder_of(config, training)
     for batch in training.loader.batches(training.step):
         if training.step >= config.steps:

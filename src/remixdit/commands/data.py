@@ -32,11 +32,14 @@ def run(args: Sequence[str]) -> None:
     if action != "check":
         raise ValueError(f"data must be followed by check, got {action!r}")
     arguments = parse(CheckArguments, rest, "data check")
+    output: Path | None = arguments.output
+    if output is not None and (output.suffix != ".png" or not output.parent.is_dir()):
+        raise ValueError(f"output must be a .png in a directory that exists, got {output}")
     with Bar("check", 0, "files") as bar:
         report = check(arguments.directory, lambda done, total: bar.update(done, total=total))
     print("\n".join(report.summary()))
-    if arguments.output is not None and report.contact_sheet is not None:
-        report.contact_sheet.save(arguments.output)
-        say(f"wrote {arguments.output}")
+    if output is not None and report.contact_sheet is not None:
+        report.contact_sheet.save(output)
+        say(f"wrote {output}")
     if report.problems:
         raise ValueError(f"{arguments.directory} has {len(report.problems)} problems")

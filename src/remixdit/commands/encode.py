@@ -9,7 +9,7 @@ from tyro.conf import Positional
 from remixdit import distributed
 from remixdit.commands.arguments import base_config, parse
 from remixdit.commands.terminal import Bar, say
-from remixdit.data import EncodeConfig, encode, open_source
+from remixdit.data import EncodeConfig, check_apart, encode, open_source
 
 __all__ = ["run"]
 
@@ -33,6 +33,7 @@ def run(args: Sequence[str]) -> None:
     arguments = parse(EncodeArguments, args, "encode")
     device = distributed.pick_device(arguments.device)
     config = replace(base_config(arguments, EncodeConfig), device=str(device))
+    check_apart(arguments.source, arguments.output, arguments.split)
     source = open_source(arguments.source, arguments.split)
     ranks = distributed.start(device)
     skipped = total = 0

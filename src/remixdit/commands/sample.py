@@ -50,6 +50,10 @@ def run(args: Sequence[str]) -> None:
     arguments = parse(SampleArguments, args, "sample")
     try:
         draw(arguments)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; a directory without samples.json is not whole, --overwrite begins again"
+        ) from None
     finally:
         distributed.stop()
 

@@ -12,7 +12,7 @@ from remixdit.data.loader import Batch, Loader, check_batch_size
 from remixdit.data.prepare import prepare
 from remixdit.data.shards import ShardDataset, is_shard_dir
 from remixdit.data.source import Source, UnreadableImageError
-from remixdit.data.sources import open_source
+from remixdit.data.sources import check_apart, open_source
 
 __all__ = [
     "Batch",
@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "UnreadableImageError",
     "check",
+    "check_apart",
     "check_batch_size",
     "encode",
     "is_shard_dir",

@@ -36,12 +36,18 @@ def prepare(
             cache.
     """
     if is_shard_dir(Path(source)):
-        return ShardDataset(source)
+        return _whole(source)
     with _left_as_found(Path(cache_dir)):
         for progress in encode(open_source(source, split), cache_dir, config):
             if report is not None:
                 report(progress)
-    return ShardDataset(cache_dir)
+    return _whole(cache_dir)
+
+
+def _whole(directory: str | Path) -> ShardDataset:
+    dataset = ShardDataset(directory)
+    dataset.check_files()  # now, not when the first row of a missing shard is wanted
+    return dataset
 
 
 @contextmanager

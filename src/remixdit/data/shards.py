@@ -165,6 +165,12 @@ class ShardDataset:
                     f"model, got {found}"
                 )
 
+    def check_files(self) -> None:
+        """Refuse shards that are missing, or of another size or kind than the index says."""
+        for number in range(len(self.index["shards"])):
+            for side in self._shards[: 1 + self.index["mirrored"]]:
+                side[number]  # opens it
+
     def check_mirror(self, mirror: bool) -> None:
         """Refuse to mirror latents whose mirrored copy was not encoded."""
         if mirror and self.index["kind"] == "moments" and not self.index["mirrored"]:

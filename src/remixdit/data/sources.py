@@ -7,7 +7,9 @@ from remixdit.data.folders import folder_source
 from remixdit.data.source import Source
 from remixdit.data.tables import hub_source, parquet_source
 
-__all__ = ["open_source"]
+__all__ = ["check_apart", "open_source"]
+
+SHARDS = {".parquet": parquet_source, ".tar": tar_source}
 
 
 def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
@@ -39,12 +41,25 @@ def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
     return hub_source(path.as_posix(), split)
 
 
+def check_apart(path_or_name: str | Path, output_dir: str | Path, split: str | None = None) -> None:
+    """Refuse to write into a folder of images: the output would count as one of its classes."""
+    folder, output = Path(path_or_name, split or "").resolve(), Path(output_dir).resolve()
+    if folder in output.parents and folder.is_dir() and _shard_suffix(folder) is None:
+        raise ValueError(f"output must lie outside of the images in {folder}, got {output_dir}")
+
+
 def _open_folder(path: Path, split: str | None) -> Source:
-    # Shards lie at the top or one folder down (data/, train/); deeper is a folder of images.
-    for suffix, open_shards in ((".parquet", parquet_source), (".tar", tar_source)):
-        if any(path.glob(f"*{suffix}")) or any(path.glob(f"*/*{suffix}")):
-            return open_shards(path, split)
-    return folder_source(path, split)
+    suffix = _shard_suffix(path)
+    return folder_source(path, split) if suffix is None else SHARDS[suffix](path, split)
+
+
+def _shard_suffix(folder: Path) -> str | None:
+    """Return what the files end in that hold many images each; None for a folder of images."""
+    # They lie at the top or one folder down (data/, train/); deeper is a folder of images.
+    for suffix in SHARDS:
+        if any(folder.glob(f"*{suffix}")) or any(folder.glob(f"*/*{suffix}")):
+            return suffix
+    return None
 
 
 def _open_file(path: Path, split: str | None) -> Source:
