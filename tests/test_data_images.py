@@ -48,6 +48,8 @@ def test_a_transparent_palette_entry_is_white():
     image = Image.new("P", (9, 9), 1)
     image.putpalette([0, 0, 0, 255, 128, 0])
     assert pixel(decode(encoded(image, "GIF", transparency=1))) == (255, 255, 255)
+    half = encoded(image, "PNG", transparency=bytes([255, 128]))  # an opacity for each entry
+    assert pixel(decode(half)) == (255, 191, 127)
 
 
 def test_cmyk_becomes_rgb():
