@@ -1,0 +1,213 @@
+"""What came of a study: means over seeds, paired differences, tables and figures.
+
+    results.json    everything, one entry a cell
+    table.md        the table, for a document
+    report.html     table, figures and settings in one file
+
+Runs of the same seed saw the same images, timesteps and noise, so variants are compared seed by
+seed: difference in per cent, its mean, its 95 % interval by Student's t over seeds, and how many
+seeds are better.
+
+Shapes: S seeds, I intervals.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from remixdit import plots
+from remixdit.model import write_file
+from remixdit.report import Block, Heading, Picture, Table, Text, write_report
+
+__all__ = ["Paired", "paired", "write_study"]
+
+BASELINES = ("continued", "stratified", "independent", "independent-shared")
+Result = dict[str, Any]
+
+
+class Paired(NamedTuple):
+    """A variant against a baseline, seed by seed."""
+
+    mean: float
+    """Of the differences, per cent of the baseline; negative is better."""
+    reach: float
+    """Half the 95 % interval over seeds; NaN for one seed."""
+    wins: int
+    """Seeds in which the variant is lower."""
+    seeds: int
+
+
+def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """Compare losses by seed; None without a seed that both have."""
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        return None
+    ratios = np.array([100 * (values[seed] / baseline[seed] - 1) for seed in seeds])
+    reach = float("nan")
+    if len(seeds) > 1:
+        from scipy.stats import t
+
+        reach = float(t.ppf(0.975, len(seeds) - 1) * ratios.std(ddof=1) / len(seeds) ** 0.5)
+    return Paired(float(ratios.mean()), reach, int((ratios < 0).sum()), len(seeds))
+
+
+def write_study(
+    directory: Path,
+    settings: Mapping[str, Any],
+    results: Sequence[Result],
+    summaries: Mapping[str, str],
+) -> None:
+    """Write what is known so far.
+
+    Args:
+        directory: Of the study.
+        settings: What was asked for.
+        results: Of the finished cells.
+        summaries: A line about each variant.
+    """
+    if not results:
+        return
+    table = result_table(results, summaries)
+    text = json.dumps({"settings": settings, "cells": results}, indent=1, default=str) + "\n"
+    write_file(directory / "results.json", lambda beside: beside.write_text(text, "utf-8"))
+    lines = markdown(table)
+    write_file(directory / "table.md", lambda beside: beside.write_text(lines, "utf-8"))
+    blocks: list[Block] = [Text(introduction(settings, results)), table, *figures(results)]
+    blocks += [
+        Heading("Settings"),
+        Table(["setting", "value"], [[k, str(v)] for k, v in settings.items()]),
+    ]
+    write_file(
+        directory / "report.html",
+        partial(write_report, title=f"Study {settings['name']}", blocks=blocks),
+    )
+
+
+def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the cells of each variant, in the order in which variants first appear."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["variant"], []).append(result)
+    return found
+
+
+def losses(cells: Sequence[Result]) -> dict[int, float]:
+    """Return the validation loss by seed."""
+    return {cell["seed"]: cell["loss"] for cell in cells}
+
+
+def score_of(cell: Result, prefix: str) -> float | None:
+    """Return a score by the start of its name, such as KID."""
+    found = cell.get("scores", {}).get("scores", {})
+    values = [score["value"] for name, score in found.items() if name.startswith(prefix)]
+    return values[0] if values else None
+
+
+def result_table(results: Sequence[Result], summaries: Mapping[str, str]) -> Table:
+    """Return a row for each variant."""
+    groups = by_variant(results)
+    baselines = [name for name in BASELINES if name in groups]
+    kid = any(score_of(cell, "KID") is not None for cell in results)
+    header = ["variant", "what", "seeds", "loss", "at half"]
+    header += [f"% of {name}" for name in baselines]
+    header += ["KID x 1e3"] * kid + ["images", "FLOPs", "images/s"]
+    rows: list[list[str | int | float]] = []
+    for name, cells in groups.items():
+        row: list[str | int | float] = [name, summaries.get(name, ""), len(cells)]
+        row += [mean_of([cell["loss"] for cell in cells], 5), half_of(cells)]
+        row += [against(cells, groups[baseline], name == baseline) for baseline in baselines]
+        if kid:
+            scored = [s for cell in cells if (s := score_of(cell, "KID")) is not None]
+            row.append(mean_of([1e3 * s for s in scored], 1))
+        row += cost_cells(cells)
+        rows.append(row)
+    return Table(header, rows, caption=CAPTION)
+
+
+CAPTION = (
+    "Loss: mean over 40 intervals of timesteps of the squared error on held-out images, of the "
+    "averaged weights; ± is the standard deviation over seeds. Per cent: the paired difference, "
+    "with its 95 % interval (Student's t over seeds) and the seeds in which it is lower."
+)
+
+
+def mean_of(values: Sequence[float], digits: int) -> str:
+    """Return "mean ± standard deviation"."""
+    if not values:
+        return ""
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def half_of(cells: Sequence[Result]) -> str:
+    """Return the mean loss after half of the images."""
+    found = [cell["half"]["loss"] for cell in cells if "half" in cell]
+    return f"{np.mean(found):.5f}" if found else ""
+
+
+def against(cells: Sequence[Result], baseline: Sequence[Result], same: bool) -> str:
+    """Return the paired difference as text."""
+    found = None if same else paired(losses(cells), losses(baseline))
+    if found is None:
+        return ""
+    reach = f" ± {found.reach:.2f}" if np.isfinite(found.reach) else ""
+    return f"{found.mean:+.2f}{reach} ({found.wins}/{found.seeds})"
+
+
+def cost_cells(cells: Sequence[Result]) -> list[str | int | float]:
+    """Return images, operations and speed of a variant's runs."""
+    if "seconds" not in cells[0]:
+        return [0, "", ""]
+    flops = cells[0]["network_flops"] + cells[0]["mixing_flops"]
+    speed = np.median([cell["images"] / cell["seconds"] for cell in cells])
+    return [cells[0]["images"], f"{flops:.3e}", f"{speed:.0f}"]
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown."""
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return f"{text}\n\n{table.caption}\n"
+
+
+def introduction(settings: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """Return what was done, in words."""
+    trained = [cell for cell in results if "seconds" in cell]
+    flops = [cell["network_flops"] + cell["mixing_flops"] for cell in trained]
+    text = (
+        f"Every variant starts from {settings['init_from']} and takes {settings['steps']} steps of "
+        f"{settings['batch_size']} images of {settings['data']}; runs of the same seed see the "
+        f"same images in the same order. Measured on {settings['num_held_out']} images of "
+        f"{settings['held_out']}, with the same timesteps and noise for all."
+    )
+    if flops:
+        text += (
+            f" Computed operations differ by {100 * (max(flops) / min(flops) - 1):.2f} % at most."
+        )
+    return text
+
+
+def figures(results: Sequence[Result]) -> list[Block]:
+    """Return the loss of every variant by seed, and by interval."""
+    groups = {name: cells for name, cells in by_variant(results).items() if "half" in cells[0]}
+    if not groups:
+        return []
+    first = next(name for name in (*BASELINES, *groups) if name in groups)
+    order = [first, *(name for name in groups if name != first)]
+    series = {
+        name: np.mean([cell["loss_by_interval"] for cell in groups[name]], axis=0) for name in order
+    }
+    ends = np.linspace(0, 1, 1 + len(series[first]))
+    blocks: list[Block] = [
+        Heading("Loss by interval"),
+        Picture(
+            plots.loss_by_interval(series, ends),
+            f"Mean over seeds; t as a share of the way to noise. Below, against {first}.",
+            "Validation loss of every variant in each interval",
+        ),
+    ]
+    return blocks

@@ -1,0 +1,186 @@
+"""The variants that a study compares, and the studies: names for sets of them.
+
+A variant is a set of changes to one common run: the same start, the same images, the same steps.
+The order of a study is that of its table; the first after the start is the usual baseline.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any
+
+from remixdit.train_config import MixtureConfig, TrainConfig
+
+__all__ = ["START", "STUDIES", "VARIANTS", "Variant", "chosen_variants", "run_config"]
+
+START = "start"  # what all variants start from; not trained
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to spend the budget."""
+
+    summary: str
+    """What it is, in one line."""
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `MixtureConfig` other than the study's."""
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `OptimizerConfig` other than the study's."""
+    share: float = 1.0
+    """Of the study's steps, and so of its images."""
+    learning_rate_factor: float = 1.0
+    """Of the study's learning rate."""
+    stratified: bool = False
+    """A plain DiT with timesteps spread evenly over the intervals in every batch."""
+
+
+PLAIN = {"num_bases": 1, "num_experts": 1}
+
+
+def independent(count: int, experts_per_step: int, summary: str) -> Variant:
+    """Return experts that share nothing, not even what the mixtures share."""
+    mixture = {
+        "num_bases": count,
+        "num_experts": count,
+        "experts_per_step": experts_per_step,
+        "mixed": "all",
+        "coefficients": "one_hot",
+    }
+    return Variant(summary, mixture)
+
+
+VARIANTS = {
+    START: Variant("the pre-trained plain DiT, not trained on"),
+    "continued": Variant("the plain DiT goes on", PLAIN),
+    "stratified": Variant(
+        "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
+    ),
+    "independent": independent(
+        8, 1, "8 independent experts, one a step: each gets 1/8 of the steps (as published)"
+    ),
+    "independent-shared": independent(
+        8, 0, "8 independent experts share every batch: each gets 1/8 of its images"
+    ),
+    "one-hot": Variant("each basis serves N/K intervals alone", {"coefficients": "one_hot"}),
+    "published": Variant(
+        "softmax, one expert a step, the prior from 1e-4 to 0",
+        {"experts_per_step": 1, "prior_strength": 1e-4},
+    ),
+    "raw": Variant("free coefficients", {"coefficients": "raw"}),
+    "per-block": Variant("a table of coefficients for each block", {"per_block": True}),
+    "remix": Variant("softmax, all N experts share every batch: the default"),
+    "remix-half": Variant("the default, with half of the images", share=0.5),
+    "remix-all": Variant("every parameter is mixed", {"mixed": "all"}),
+    "log-snr": Variant("intervals of equal width in log-SNR", {"intervals": "log_snr"}),
+    **{f"k{k}": Variant(f"K = {k} bases", {"num_bases": k}) for k in (2, 4, 8, 20)},
+    **{f"n{n}": Variant(f"N = {n} experts", {"num_experts": n}) for n in (4, 8, 20, 100, 1000)},
+    **{f"m{m}": Variant(f"M = {m} experts a step", {"experts_per_step": m}) for m in (1, 2, 4, 10)},
+    **{
+        f"prior-{strength:g}": Variant(
+            f"the prior from {strength:g} to 0", {"prior_strength": strength}
+        )
+        for strength in (1e-4, 1e-3, 1e-2)
+    },
+    "prior-constant": Variant(
+        "the prior stays at 1e-3", {"prior_strength": 1e-3, "prior_schedule": "constant"}
+    ),
+    **{
+        f"noise-{noise:g}": Variant(
+            f"bases start {noise:g} of their size apart", {"basis_noise": noise}
+        )
+        for noise in (0.01, 0.1)
+    },
+    **{
+        f"ema-{decay:g}": Variant(f"averages decay by {decay:g}", optimizer={"ema_decay": decay})
+        for decay in (0.99, 0.995, 0.998, 0.999, 0.9999)
+    },
+    **{
+        f"lr-{factor:g}": Variant(f"{factor:g} of the learning rate", learning_rate_factor=factor)
+        for factor in (0.25, 0.5, 2, 4)
+    },
+    **{
+        f"stratified-lr-{factor:g}": Variant(
+            f"the stratified plain DiT at {factor:g} of the learning rate",
+            PLAIN,
+            learning_rate_factor=factor,
+            stratified=True,
+        )
+        for factor in (0.25, 0.5, 2, 4)
+    },
+    **{
+        f"coefficients-lr-{rate:g}": Variant(
+            f"coefficients learn at {rate:g}", optimizer={"coefficients_learning_rate": rate}
+        )
+        for rate in (0, 1e-3, 1e-1)
+    },
+}
+
+
+def named(*prefixes: str) -> tuple[str, ...]:
+    """Return the variants whose names begin so."""
+    return tuple(name for name in VARIANTS if name.startswith(prefixes))
+
+
+# Each ends in the default, so that every table holds what it is compared with.
+STUDIES = {
+    "table2": (
+        *(START, "continued", "stratified", "independent", "independent-shared"),
+        *("published", "remix-half", "remix"),
+    ),
+    "coefficients": (START, "stratified", "one-hot", "raw", "per-block", "remix"),
+    "bases": (START, "stratified", "k2", "k8", "k20", "remix"),
+    "experts": (START, "stratified", "n4", "n8", "n100", "n1000", "remix"),
+    "experts-per-step": (START, "stratified", "m1", "m2", "m4", "m10", "remix"),
+    "mixed": (START, "stratified", "remix-all", "remix"),
+    "prior": (START, "stratified", *named("prior-"), "remix"),
+    "symmetry": (START, "stratified", *named("noise-", "coefficients-lr"), "remix"),
+    "intervals": (START, "stratified", "log-snr", "remix"),
+    "ema": (START, "stratified", *named("ema-"), "remix"),
+    "learning-rate": (START, "stratified", *named("stratified-lr-", "lr-"), "remix"),
+}
+
+
+def chosen_variants(study: str, names: str) -> tuple[str, ...]:
+    """Return the variants of a study: its own, or those named with commas between."""
+    if study not in STUDIES:
+        raise ValueError(f"study must be one of {', '.join(STUDIES)}, got {study!r}{hint(study)}")
+    chosen = tuple(filter(None, (name.strip() for name in names.split(",")))) or STUDIES[study]
+    for name in chosen:
+        if name not in VARIANTS:
+            known = f"must be among {', '.join(VARIANTS)}"
+            raise ValueError(f"variants {known}, got {name!r}{hint(name)}")
+    return chosen
+
+
+def hint(name: str) -> str:
+    """Return what may be meant by a name that does not exist."""
+    close = get_close_matches(name, [*STUDIES, *VARIANTS], 1)
+    return f"; perhaps {close[0]}" if close else ""
+
+
+def run_config(variant: Variant, common: TrainConfig) -> TrainConfig:
+    """Return the run of a variant.
+
+    Args:
+        variant: What differs.
+        common: The study's run: its mixture holds the study's K, N and M.
+    """
+    mixture = replace(common.mixture, **variant.mixture)
+    # More experts than a batch has images cannot all be in it.
+    if (mixture.experts_per_step or mixture.num_experts) > common.batch_size:
+        mixture = replace(mixture, experts_per_step=common.batch_size)
+    rate = common.optimizer.learning_rate * variant.learning_rate_factor
+    objective = common.objective
+    if variant.stratified:
+        objective = replace(objective, timestep_strata=strata_of(common.mixture, common.batch_size))
+    return replace(
+        common,
+        mixture=mixture,
+        objective=objective,
+        optimizer=replace(common.optimizer, learning_rate=rate, **dict(variant.optimizer)),
+    )
+
+
+def strata_of(mixture: MixtureConfig, batch_size: int) -> int:
+    """Return over how many intervals a plain DiT's timesteps are spread."""
+    return min(mixture.num_experts, batch_size)
