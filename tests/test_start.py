@@ -2,7 +2,10 @@
 
 import pytest
 
+from remixdit.model import RemixDiT
 from remixdit.start import refuse_other_autoencoder
+from remixdit.train_config import MixtureConfig
+from tests.conftest import tiny_dit
 
 OWN = {"name": "a", "digest": "1234", "scaling_factor": 0.18215, "shift_factor": 0.0}
 
@@ -27,3 +30,18 @@ def test_pixels_are_refused_for_a_model_of_latents():
 def test_the_same_weights_under_another_name_and_unknown_ones_are_accepted():
     refuse_other_autoencoder(OWN, {**OWN, "name": "elsewhere"})
     refuse_other_autoencoder({"name": "known by name only"}, OWN)
+
+
+def test_the_start_prefers_own_bases_as_strongly_as_asked():
+    weak, strong = (
+        MixtureConfig(num_bases=2, num_experts=4, symmetry=value) for value in (0.5, 8.0)
+    )
+    tables = []
+    for mixture in (weak, strong):
+        model = RemixDiT.from_dit(tiny_dit(), mixture.num_bases, mixture.num_experts)
+        model.mixture.prefer_own(mixture.symmetry)
+        tables.append(model.mixture.coefficients().detach()[0])
+    assert (tables[0].max(1).values < tables[1].max(1).values).all()
+    with pytest.raises(ValueError, match="symmetry must be above 0"):
+        MixtureConfig(symmetry=0.0)
+    MixtureConfig(symmetry=0.0, prior_strength=1e-4)

@@ -367,6 +367,13 @@ class Mixture:
         self.weights_changed()
         self.activate(0)
 
+    @torch.no_grad()
+    def prefer_own(self, symmetry: float) -> None:
+        """Let the coefficients start again, from another preference for the own basis."""
+        table = initial_table(self.num_bases, self.num_experts, self.kind, symmetry)
+        self.logits.copy_(table)  # the same for every block
+        self.weights_changed()
+
     def perturb(self, scale: float, generator: torch.Generator) -> None:
         """Add normal noise to the bases, `scale` times the root mean square of each parameter."""
         for values in self.bases().values():

@@ -120,6 +120,8 @@ def starting_model(config: TrainConfig, data: Outline) -> RemixDiT:
         model = RemixDiT(target, seed=config.seed)
     else:
         model = RemixDiT(target, adapted(given.expert(0), target.network, config))
+    if config.mixture.coefficients != "one_hot":
+        model.mixture.prefer_own(config.mixture.symmetry)
     if config.mixture.basis_noise:
         generator = generator_for(config.seed, "basis noise")
         model.mixture.perturb(config.mixture.basis_noise, generator)

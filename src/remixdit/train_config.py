@@ -47,6 +47,8 @@ class MixtureConfig:
     """softmax, raw or one_hot (frozen: with K = N, independent experts)."""
     per_block: bool = False
     """One coefficient table a block instead of one for all."""
+    symmetry: float = 2.0
+    """How strongly an expert prefers its own basis at the start: 0 is not, 10 nearly alone."""
     intervals: str = "uniform"
     """uniform: equal widths in timesteps; log_snr: equal widths in log-SNR."""
     prior_strength: float = 0.0
@@ -69,8 +71,7 @@ class MixtureConfig:
             raise ValueError(
                 f"prior_schedule must be linear or constant, got {self.prior_schedule!r}"
             )
-        if self.prior_strength < 0 or self.basis_noise < 0:
-            raise ValueError("prior_strength and basis_noise must be at least 0")
+        self._check_start()
         if self.prior_strength and self.coefficients != "softmax":
             raise ValueError(
                 f"prior_strength must be 0 for {self.coefficients} coefficients, "
@@ -79,6 +80,17 @@ class MixtureConfig:
         if not 0 <= self.experts_per_step <= self.num_experts:
             raise ValueError(
                 f"experts_per_step must be in 0..{self.num_experts}, got {self.experts_per_step}"
+            )
+
+    def _check_start(self) -> None:
+        """Refuse bases that would stay equal for ever, and strengths below 0."""
+        apart = [getattr(self, name) for name in ("symmetry", "basis_noise", "prior_strength")]
+        if min(apart) < 0:
+            raise ValueError(f"symmetry, basis_noise, prior_strength must be >= 0, got {apart}")
+        if self.num_bases > 1 and not any(apart):
+            raise ValueError(
+                "symmetry must be above 0 without basis_noise or prior_strength, got 0: "
+                "equal bases with equal coefficients would stay equal for ever"
             )
 
     def prior_at(self, step: int, total_steps: int) -> float:

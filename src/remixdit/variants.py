@@ -85,6 +85,12 @@ VARIANTS = {
         "the prior stays at 1e-3", {"prior_strength": 1e-3, "prior_schedule": "constant"}
     ),
     **{
+        f"symmetry-{value:g}": Variant(
+            f"own bases preferred {value:g} strongly at the start", {"symmetry": value}
+        )
+        for value in (0.5, 1, 4, 8)
+    },
+    **{
         f"noise-{noise:g}": Variant(
             f"bases start {noise:g} of their size apart", {"basis_noise": noise}
         )
@@ -133,7 +139,7 @@ STUDIES = {
     "experts-per-step": (START, "stratified", "m1", "m2", "m4", "m10", "remix"),
     "mixed": (START, "stratified", "remix-all", "remix"),
     "prior": (START, "stratified", *named("prior-"), "remix"),
-    "symmetry": (START, "stratified", *named("noise-", "coefficients-lr"), "remix"),
+    "symmetry": (START, "stratified", *named("symmetry-", "noise-", "coefficients-lr"), "remix"),
     "intervals": (START, "stratified", "log-snr", "remix"),
     "ema": (START, "stratified", *named("ema-"), "remix"),
     "learning-rate": (START, "stratified", *named("stratified-lr-", "lr-"), "remix"),
