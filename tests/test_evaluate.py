@@ -107,6 +107,8 @@ def test_samples_are_scored_as_their_files_are(model, data, tmp_path, capsys):
         assert accuracy == result["conditional_accuracy"]["value"]
     assert other["evaluated"]["sampling"]["guidance_scale"] == 2
     assert other["evaluated"]["sampling"]["scheduler"] == "ddpm"
+    cost = result["cost"]
+    assert cost["step_flops_per_image"] == 2 * cost["forward_flops_per_image"]  # guided
     drawn = result["evaluated"]["sampling"]
     assert (drawn["scheduler"], drawn["num_inference_steps"], drawn["seed"]) == ("ddpm", 3, 3)
     assert drawn["guidance_interval"] == [0, 1]
@@ -170,7 +172,7 @@ def test_statistics_of_another_extractor_are_refused_or_left_alone(data, tmp_pat
     assert "statistics of the 6 features of extractor colours" in refusal(line, capsys)
     np.savez(tmp_path / "both.npz", mu=np.zeros(5), sigma=np.eye(5), arr_0=pixels(40, seed=1))
     result = result_of(f"{data}/fake.npz --reference {tmp_path}/both.npz", capsys)
-    assert result["reference"]["statistics"] is None
+    assert result["reference"]["statistics"] == "of another extractor, not used"
     assert result["scores"]["FID-colours"]["num_reference"] == 40
 
 

@@ -229,8 +229,14 @@ def reference_facts(
     config: ImageConfig, real: Real, found: tuple[FeatureSet, np.ndarray] | None
 ) -> dict[str, Any]:
     """Return what is known of the reference."""
-    facts: dict[str, Any] = {"path": config.reference, "split": config.split}
-    facts["statistics"] = None if real.statistics is None else "of the file"
+    facts: dict[str, Any] = {
+        "path": config.reference,
+        "split": config.split,
+        "statistics": None,
+    }
+    known = statistics_in(Path(config.reference))
+    if known is not None:
+        facts["statistics"] = "of the file" if real.statistics else "of another extractor, not used"
     if real.images is not None and found is not None:
         facts |= {**facts_of(real.images, found[1]), "fingerprint": real.images.fingerprint}
     return facts

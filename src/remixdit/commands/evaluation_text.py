@@ -58,7 +58,8 @@ def conditions(result: Facts) -> Iterator[str]:
         if "labels" in drawn:
             yield f"labels       {drawn['labels']}"
     count = "statistics" if "num_images" not in reference else f"{reference['num_images']:,} images"
-    both = " and its statistics" if reference["statistics"] and "num_images" in reference else ""
+    known = reference["statistics"] == "of the file"
+    both = " and its statistics" if known and "num_images" in reference else ""
     yield f"reference    {count}{both} of {reference['path']}" + (
         f", split {reference['split']}" if reference["split"] else ""
     )
