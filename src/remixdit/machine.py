@@ -1,5 +1,6 @@
-"""What a machine can do at most: memory bandwidth and matrix products, measured."""
+"""What a machine can do at most, measured, and how much of its memory this process holds."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -8,7 +9,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["bytes_per_second", "machine", "matrix_flops_per_second"]
+__all__ = [
+    "bytes_per_second",
+    "can_reset_peak",
+    "machine",
+    "matrix_flops_per_second",
+    "peak_resident_bytes",
+    "reset_peak_resident",
+    "resident_bytes",
+]
+
+PROCESS = Path("/proc/self")  # Linux
 
 
 def bytes_per_second(device: torch.device) -> float:
@@ -57,3 +68,29 @@ def processor() -> str:
     lines = path.read_text().splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def resident_bytes() -> int:
+    """Return the bytes of memory that this process holds now."""
+    return status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """Return the most bytes that this process has held since `reset_peak_resident`."""
+    return status_bytes("VmHWM")
+
+
+def reset_peak_resident() -> None:
+    """Let the peak begin at what the process holds now."""
+    (PROCESS / "clear_refs").write_text("5")
+
+
+def can_reset_peak() -> bool:
+    """Whether the system tells a process its peak, and lets it begin anew."""
+    return os.access(PROCESS / "clear_refs", os.W_OK)
+
+
+def status_bytes(name: str) -> int:
+    """Return a number of kilobytes that the system states of this process, in bytes."""
+    lines = (PROCESS / "status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -1,7 +1,7 @@
 """`remixdit bench train|sample|data`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,29 @@ def report(result: dict[str, Any], as_json: bool) -> None:
     for name, timing in result["variants"].items():
         low, high = timing["quartiles_ms"]
         print(f"{name:16} {timing['median_ms']:10.1f} ms   ({low:.1f} to {high:.1f})")
+    for name, facts in result["variants"].items():
+        if facts.get("peak_bytes") or "memory" in facts:
+            print(f"{name:16} {memory_line(facts)}")
     for name, value in result.items():
         if "_over_" in name or " over " in name or name.endswith("_per_second"):
             print(f"{name:32} {value:.4g}")
+
+
+def memory_line(facts: Mapping[str, Any]) -> str:
+    """Return what a variant takes of memory, and what a step sends to other processes."""
+    words = []
+    if facts.get("peak_bytes"):
+        words.append(f"peak {megabytes(facts['peak_bytes'])}")
+    if facts.get("excess_fraction") is not None:
+        words.append(f"{facts['excess_fraction']:.1%} more than needed")
+    for name, count in facts.get("memory", {}).items():
+        if count:
+            words.append(f"{name} {megabytes(count)}")
+    if "reduced_bytes" in facts:
+        words.append(f"sent {megabytes(facts['reduced_bytes'])} a step")
+    return ", ".join(words)
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes for a person."""
+    return f"{count / 1e6:.0f} MB"

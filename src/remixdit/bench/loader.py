@@ -1,0 +1,46 @@
+"""How fast the loader is."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from remixdit.bench.timing import Timing
+from remixdit.data import Loader, ShardDataset
+from remixdit.machine import machine
+
+__all__ = ["LoaderConfig", "bench_loader"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """A loader to time."""
+
+    shards: str
+    """A directory of shards."""
+    batch_size: int = 256
+    """Images a batch."""
+    steps: int = 100
+    """Batches that are timed, after a tenth as many that are not."""
+
+
+def bench_loader(config: LoaderConfig) -> dict[str, Any]:
+    """Time batches as training gets them, shuffled and made ahead in threads."""
+    loader = Loader(ShardDataset(config.shards), config.batch_size)
+    batches = loader.batches()
+    for _ in range(1 + config.steps // 10):
+        batch = next(batches)
+    seconds = []
+    for _ in range(config.steps):
+        started = time.perf_counter()
+        next(batches)
+        seconds.append(time.perf_counter() - started)
+    latents_per_second = config.batch_size * config.steps / sum(seconds)
+    return {
+        "config": asdict(config),
+        "machine": machine(torch.device("cpu")),
+        "variants": {"batch": Timing("batch", tuple(seconds)).to_json()},
+        "latents_per_second": latents_per_second,
+        "bytes_per_second": latents_per_second * batch.latents.nbytes / config.batch_size,
+    }
