@@ -51,6 +51,7 @@ __all__ = ["Done", "StudyConfig", "study"]
 
 NUM_INTERVALS = 40  # of the measurement: no coarser than any usual N, so that curves compare
 GRID_IMAGES = 40
+NUM_REFERENCE = 5000  # held-out images that samples are scored against, at most
 
 # What may change when a study goes on.
 MAY_CHANGE = {"output_dir", "workers", "device", "variants", "seeds", "name"}
@@ -344,7 +345,7 @@ def reference_of(config: StudyConfig) -> FeatureSet:
     path = config.output_dir / f"reference-{config.extractor}.npz"
     if not path.is_file():
         extractor = load_extractor(config.extractor, weights=config.extractor_weights)
-        found = reference_features(open_images(config.held_out), extractor)
+        found = reference_features(open_images(config.held_out), extractor, NUM_REFERENCE)
         kept = {name: v.numpy() for name, v in found._asdict().items() if v is not None}
 
         def write(beside: Path) -> None:
