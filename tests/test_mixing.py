@@ -406,3 +406,20 @@ def test_all_experts_run_one_compiled_graph():
         mixture.collect()
         optimizer.step(expert, 5)
     assert graphs.frame_count == 1
+
+
+def test_precomputed_experts_are_shown_and_a_later_mix_is_written_in_place():
+    mixture = random_mixture()
+    places = {name: p.data_ptr() for name, p in mixture.network.named_parameters()}
+    expected = [mixture.expert_state(expert) for expert in range(mixture.num_experts)]
+    mixture.precompute()
+    for expert in (3, 0, 3):
+        mixture.activate(expert)
+        for name, values in mixture.network.state_dict().items():
+            torch.testing.assert_close(values, expected[expert][name])
+    mixture.perturb(0.1, torch.Generator().manual_seed(1))
+    mixture.activate(3)
+    assert {name: p.data_ptr() for name, p in mixture.network.named_parameters()} == places
+    changed = mixture.expert_state(3)
+    for name, values in mixture.network.state_dict().items():
+        torch.testing.assert_close(values, changed[name])

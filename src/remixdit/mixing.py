@@ -159,7 +159,7 @@ class Mixture:
         ready = self._precomputed if self._precomputed_key == key[1:] else {}
         for i, segment in enumerate(self.segments):
             if i in ready:
-                segment.weights.copy_(ready[i][expert])
+                segment.show(ready[i][expert])
             else:
                 segment.mix(coefficients[segment.table or 0])
         self._active = key
@@ -168,7 +168,7 @@ class Mixture:
     def precompute(self) -> None:
         """Mix all N experts once and keep them, until bases or logits change.
 
-        Costs the memory of N networks; to activate an expert is then a copy.
+        Costs the memory of N networks; to activate an expert is then a copy, or on a CPU nothing.
         """
         key = self._key(0)[1:]
         if self._precomputed_key == key:

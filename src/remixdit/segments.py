@@ -146,8 +146,22 @@ class Segment:
         self._written = -1
         self._attach()
 
+    def show(self, ready: Tensor) -> None:
+        """Let the network hold weights (P,) that were mixed before.
+
+        On a CPU it looks at them where they are, until the next mix: to copy them takes as long as
+        half a step of a small network. A GPU copies in no time, and what was compiled or captured
+        there reads the storage that it knows.
+        """
+        if ready.is_cuda:
+            self.weights.copy_(ready)
+        else:
+            self._point(ready)
+
     def mix(self, coefficients: Tensor) -> None:
         """Write sum_k coefficients[k] * bases[k] into the network; coefficients is (K,)."""
+        if self._elsewhere:
+            self._point(self.weights)
         if self.constant:
             self.refresh()
             return
@@ -217,9 +231,15 @@ class Segment:
 
     def _attach(self) -> None:
         """Make the network's parameters views of `weights`."""
-        for parameter, values in zip(self.parameters, self.views(self.weights), strict=True):
-            parameter.data = values
+        self._point(self.weights)
+        for parameter in self.parameters:
             parameter.grad = None
+
+    def _point(self, weights: Tensor) -> None:
+        """Make the network's parameters views of flat weights (P,)."""
+        self._elsewhere = weights is not self.weights
+        for parameter, values in zip(self.parameters, self.views(weights), strict=True):
+            parameter.data = values
 
 
 def check_same_shapes(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
