@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from remixdit import plots
 from remixdit.model import write_file
@@ -26,6 +27,8 @@ from remixdit.report import Block, Heading, Picture, Table, Text, write_report
 __all__ = ["Paired", "paired", "write_study"]
 
 BASELINES = ("continued", "stratified", "independent", "independent-shared")
+PREFERRED = ("stratified", "continued")  # as the baseline of figures
+MAX_CURVES = 6  # in one figure
 Result = dict[str, Any]
 
 
@@ -192,22 +195,49 @@ def introduction(settings: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 
 def figures(results: Sequence[Result]) -> list[Block]:
-    """Return the loss of every variant by seed, and by interval."""
+    """Return the gain of every variant, and the loss by interval of those that matter most."""
     groups = {name: cells for name, cells in by_variant(results).items() if "half" in cells[0]}
     if not groups:
         return []
-    first = next(name for name in (*BASELINES, *groups) if name in groups)
+    first = next(name for name in (*PREFERRED, *groups) if name in groups)
+    blocks: list[Block] = [Heading("Figures")]
+    if len(groups) > 1:
+        blocks.append(
+            Picture(
+                gains(groups, first),
+                f"Paired difference from {first}: a dot a seed, a line the mean; lower is better.",
+                f"Validation loss of every variant against {first}",
+            )
+        )
     order = [first, *(name for name in groups if name != first)]
     series = {
-        name: np.mean([cell["loss_by_interval"] for cell in groups[name]], axis=0) for name in order
+        name: np.mean([cell["loss_by_interval"] for cell in groups[name]], axis=0)
+        for name in (order if len(order) <= MAX_CURVES else [first, *order[1 - MAX_CURVES :]])
     }
     ends = np.linspace(0, 1, 1 + len(series[first]))
-    blocks: list[Block] = [
-        Heading("Loss by interval"),
+    blocks.append(
         Picture(
             plots.loss_by_interval(series, ends),
             f"Mean over seeds; t as a share of the way to noise. Below, against {first}.",
-            "Validation loss of every variant in each interval",
-        ),
-    ]
+            "Validation loss in each interval",
+        )
+    )
     return blocks
+
+
+def gains(groups: Mapping[str, Sequence[Result]], baseline: str) -> Figure:
+    """Draw each variant's paired differences from a baseline, in per cent."""
+    names = [name for name in groups if paired(losses(groups[name]), losses(groups[baseline]))]
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(names)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    base = losses(groups[baseline])
+    for row, name in enumerate(reversed(names)):
+        own = losses(groups[name])
+        ratios = [100 * (own[seed] / base[seed] - 1) for seed in sorted(own.keys() & base.keys())]
+        axes.plot(ratios, [row] * len(ratios), "o", color=plots.COLORS[0], alpha=0.6)
+        axes.plot([np.mean(ratios)] * 2, [row - 0.3, row + 0.3], color=plots.COLORS[1])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names[::-1])
+    axes.set_xlabel(f"% above or below {baseline} (validation loss)")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
