@@ -192,7 +192,7 @@ def scored(arguments: EvaluateArguments, subject: Subject, device: torch.device)
     progress = evaluate_images(subject, config, device, ranks, arguments.seed)
     result: dict[str, Any] = {}
     for name, steps in groupby(progress, lambda step: getattr(step, "name", "")):
-        with Bar(name, 1, "images") as bar:
+        with Bar(name, 1, "" if name in ("scores", "checks") else "images") as bar:
             for step in steps:
                 if isinstance(step, Stage):
                     bar.update(step.done, total=step.total)
