@@ -58,7 +58,7 @@ class Mixture:
         mixed: str | Sequence[str] = "attention+mlp",
         coefficients: str = "softmax",
         per_block: bool = False,
-        symmetry: float = 2.0,
+        symmetry: float = 8.0,
     ) -> None:
         check_counts(num_bases, num_experts)
         if coefficients not in KINDS:

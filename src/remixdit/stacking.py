@@ -11,7 +11,7 @@ Images are sorted so that no padding is needed where M does not divide their num
     rows      of expert 0, 1, ..., M - 1, as many of each;  then one more of some experts
     products  (M, rows, in) @ (M, in, out);                 (rest, rows, in) @ (rest, in, out)
 
-It costs the memory of M networks and M gradients: large networks take their experts in turn.
+It costs the memory of M networks and M gradients: the largest take their experts in turn.
 
 Shapes: M experts of a step, B images, P numbers of a segment, * = one parameter.
 """
@@ -30,14 +30,16 @@ from remixdit.mixing import Mixture
 
 __all__ = ["ExpertStack", "Order", "stacks"]
 
-# Mixed parameters of one network up to which the memory of M more is no concern.
-MAX_PARAMETERS = 50_000_000
+# Mixed parameters of all experts of a step up to which they stand stacked: with their gradients
+# 8 GB in bfloat16. It is B/2 with 20 experts, whose gradients would otherwise be folded into those
+# of the bases 20 times.
+MAX_STACKED = 2_000_000_000
 
 
 def stacks(mixture: Mixture, experts_per_step: int) -> bool:
     """Whether a step should run its experts in one pass."""
     size = sum(len(segment.weights) for segment in mixture.segments if segment.is_mixed)
-    return experts_per_step > 1 and size <= MAX_PARAMETERS
+    return experts_per_step > 1 and experts_per_step * size <= MAX_STACKED
 
 
 class Order(NamedTuple):

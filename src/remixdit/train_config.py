@@ -47,7 +47,7 @@ class MixtureConfig:
     """softmax, raw or one_hot (frozen: with K = N, independent experts)."""
     per_block: bool = False
     """One coefficient table a block instead of one for all."""
-    symmetry: float = 2.0
+    symmetry: float = 8.0
     """How strongly an expert prefers its own basis at the start: 0 is not, 10 nearly alone."""
     intervals: str = "uniform"
     """uniform: equal widths in timesteps; log_snr: equal widths in log-SNR."""

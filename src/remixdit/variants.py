@@ -64,7 +64,7 @@ VARIANTS = {
     "one-hot": Variant("each basis serves N/K intervals alone", {"coefficients": "one_hot"}),
     "published": Variant(
         "softmax, one expert a step, the prior from 1e-4 to 0",
-        {"experts_per_step": 1, "prior_strength": 1e-4},
+        {"experts_per_step": 1, "prior_strength": 1e-4, "symmetry": 2.0},
     ),
     "raw": Variant("free coefficients", {"coefficients": "raw"}),
     "per-block": Variant("a table of coefficients for each block", {"per_block": True}),
@@ -88,7 +88,7 @@ VARIANTS = {
         f"symmetry-{value:g}": Variant(
             f"own bases preferred {value:g} strongly at the start", {"symmetry": value}
         )
-        for value in (0.5, 1, 4, 8)
+        for value in (0.5, 1, 2, 4, 16)
     },
     **{
         f"noise-{noise:g}": Variant(
