@@ -52,8 +52,9 @@ def test_moments_are_those_of_diffusers(tmp_path, pixels):
     with torch.no_grad():
         posterior = network.encode(pixels).latent_dist
     mean, logvar = moments.chunk(2, 1)
-    assert torch.equal(mean, posterior.mean)
-    assert torch.equal(logvar.clamp(-30, 20), posterior.logvar)
+    # To rounding: on some processors convolutions depend on how the images lie in memory.
+    torch.testing.assert_close(mean, posterior.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logvar.clamp(-30, 20), posterior.logvar, rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_undoes_the_scaling(tmp_path, pixels):

@@ -125,6 +125,11 @@ class Mixture:
         return self.logits.shape[0] if self.per_block else 1
 
     @property
+    def learns_coefficients(self) -> bool:
+        """Whether the logits have a gradient: not if frozen, nor if the one coefficient is 1."""
+        return self.kind == "raw" or (self.kind == "softmax" and self.num_bases > 1)
+
+    @property
     def device(self) -> torch.device:
         """Where bases and logits are."""
         return self.logits.device

@@ -222,8 +222,8 @@ class MixtureAdamW:
         """Return the gradients of the logits from the task and from the prior."""
         mixture = self.mixture
         task = prior = torch.zeros_like(mixture.logits)
-        if mixture.kind == "one_hot" or (mixture.kind == "softmax" and mixture.num_bases == 1):
-            return task, prior  # frozen, or 1 whatever the logit
+        if not mixture.learns_coefficients:
+            return task, prior
         grads = mixture.coefficient_grads()
         coefficients = torch.stack([mixture.coefficients(expert) for expert, _ in grads])
         dots = torch.stack([values for _, values in grads])

@@ -228,7 +228,7 @@ def moved_bytes(mixture: Mixture, experts: int, passes: int, stacked: bool) -> d
         folded = len(segment.grads) != count
         moved["gradients"] += grads + taken_in(segment, experts * passes, folded)
         moved["norm"] += grads
-        if segment.is_mixed and not folded and mixture.kind != "one_hot":
+        if segment.is_mixed and not folded and mixture.learns_coefficients:
             moved["inner products"] += bases + grads
         updated = bases
         if segment.is_mixed and mixture.kind == "one_hot":
