@@ -127,13 +127,14 @@ def test_paired_differences_are_those_of_a_paired_t_test():
 
 def test_a_table_holds_every_variant_and_no_baseline_against_itself():
     cells = [
-        {"variant": name, "seed": seed, "loss": loss}
+        {"variant": name, "seed": seed, "loss": loss, "loss_by_interval": [loss, loss / 10]}
         for name, loss in (("continued", 2.0), ("remix", 1.0))
         for seed in (0, 1)
     ]
-    table = result_table(cells, {})
-    column = table.header.index("% of continued")
-    assert [row[column] for row in table.rows] == ["", "-50.00 ± 0.00 (2/2)"]
+    table = result_table(cells)
+    for name in ("% of continued", "intervals alike, %"):
+        column = table.header.index(name)
+        assert [row[column] for row in table.rows] == ["", "-50.00 ± 0.00 (2/2)"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
