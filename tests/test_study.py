@@ -146,7 +146,7 @@ def test_every_variant_of_every_study_is_a_run(name, given, tmp_path):
     for cell in cells_of(config):
         common = common_run(config, cell, start)
         run = run_config(VARIANTS[cell.variant], common)
-        steps = 2 if cell.variant == "remix-half" else 4
+        steps = round(4 * VARIANTS[cell.variant].share)
         assert (run.steps, run.batch_size, run.seed) == (steps, 32, cell.seed + 1)
         assert run.strata_per_step <= 32
 

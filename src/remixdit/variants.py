@@ -55,6 +55,9 @@ VARIANTS = {
     "stratified": Variant(
         "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
     ),
+    "stratified-long": Variant(
+        "the stratified plain DiT with 1.75 times the images", PLAIN, stratified=True, share=1.75
+    ),
     "independent": independent(
         8, 1, "8 independent experts, one a step: each gets 1/8 of the steps (as published)"
     ),
