@@ -168,6 +168,7 @@ def test_experts_that_share_nothing_mix_every_parameter(given, tmp_path):
         ({"name": "tabel2"}, "study must be one of .*, got 'tabel2'; perhaps table2"),
         ({"variants": "start,remixx"}, "variants must be among .*, got 'remixx'; perhaps remix"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"steps": 3}, "steps must be at least 4, got 3"),
         ({"num_samples": 7}, "num_samples must be 0 or at least 40, got 7"),
     ],
 )

@@ -117,7 +117,9 @@ class StudyConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         chosen_variants(self.name, self.variants)
-        for name in ("seeds", "steps", "workers", "num_inference_steps"):
+        if self.steps < 4:  # half of the steps of half a budget is one that is saved
+            raise ValueError(f"steps must be at least 4, got {self.steps}")
+        for name in ("seeds", "workers", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_held_out < 2:
@@ -237,9 +239,9 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
     np.savez_compressed(directory / "losses.npz", losses=losses.astype(np.float32))
     if config.num_samples:
         result["scores"] = scored(config, model, directory)
-    shutil.rmtree(directory / "run" / "checkpoints", ignore_errors=True)
     text = json.dumps(result, indent=1) + "\n"
     write_file(result_path(config, cell), lambda beside: beside.write_text(text, "utf-8"))
+    shutil.rmtree(directory / "run" / "checkpoints", ignore_errors=True)  # needed until here
 
 
 def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:

@@ -193,18 +193,19 @@ def markdown(table: Table) -> str:
 
 def introduction(settings: Mapping[str, Any], results: Sequence[Result]) -> str:
     """Return what was done, in words."""
-    trained = [cell for cell in results if "seconds" in cell]
+    budget = settings["steps"] * settings["batch_size"]
+    trained = [cell for cell in results if cell["images"] == budget]
     flops = [cell["network_flops"] + cell["mixing_flops"] for cell in trained]
     text = (
         f"Every variant starts from {settings['init_from']} and takes {settings['steps']} steps of "
-        f"{settings['batch_size']} images of {settings['data']}; runs of the same seed see the "
-        f"same images in the same order. Measured on {settings['num_held_out']} images of "
+        f"{settings['batch_size']} images of {settings['data']}, unless it says that it takes more "
+        "or fewer; runs of the same seed see the same images in the same order. Measured "
+        f"on {settings['num_held_out']} images of "
         f"{settings['held_out']}, with the same timesteps and noise for all."
     )
     if flops:
-        text += (
-            f" Computed operations differ by {100 * (max(flops) / min(flops) - 1):.2f} % at most."
-        )
+        spread = 100 * (max(flops) / min(flops) - 1)
+        text += f" Computed operations of equal budgets differ by {spread:.2f} % at most."
     return text
 
 
