@@ -96,11 +96,7 @@ def evaluate_images(
     if len(subject.images) < 2:
         raise ValueError(f"num_images must be at least 2, got {len(subject.images)}")
     sets = {"reference": real.images, "train": train, "samples": subject.images}
-    found: dict[str, tuple[FeatureSet, np.ndarray]] = {}
-    for name, images in sets.items():
-        if images is not None:
-            features, rows = yield from extracted(name, images, extractor, ranks)
-            found[name] = features, rows
+    found = yield from all_extracted(sets, extractor, ranks)
     if not ranks.is_first:
         yield {}
         return
@@ -126,6 +122,17 @@ def evaluate_images(
     result["machine"] = machine(device)
     yield Under("checks", 2, 2)
     yield result
+
+
+def all_extracted(
+    sets: Mapping[str, ImageSet | None], extractor: Extractor, ranks: Ranks
+) -> Generator[Under, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
+    """Return the features and rows of each set that there is."""
+    found: dict[str, tuple[FeatureSet, np.ndarray]] = {}
+    for name, images in sets.items():
+        if images is not None:
+            found[name] = yield from extracted(name, images, extractor, ranks)
+    return found
 
 
 def extracted(
