@@ -85,7 +85,7 @@ def test_memory_is_that_of_the_tensors_of_a_real_step(name, precision, tmp_path)
         "average": storages(optimizer.ema),
         "network": storages(bases, own) - storages(bases),
         "gradients": storages(grads),
-        "stack": storages(training.stack.weights) if training.stack else 0,
+        "stack": storages(*training.stack.leaves) if training.stack else 0,
     }
 
 

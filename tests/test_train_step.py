@@ -173,4 +173,4 @@ def test_labels_are_dropped_at_the_asked_rate_and_by_seed():
 def test_sorted_images_belong_to_the_experts_of_their_places(first, count, num_experts):
     order = Order.of(first, count, num_experts, torch.device("cpu"))
     assert sorted(order.rows.tolist()) == list(range(count))
-    assert torch.equal(order.experts(num_experts), (first + order.rows) % num_experts)
+    assert torch.equal(order.experts, (first + order.rows) % num_experts)

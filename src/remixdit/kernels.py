@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["AdamW", "adamw_step", "compiled", "inner_products", "mix", "mix_rows", "update"]
+__all__ = ["AdamW", "adamw_step", "compiled", "fold", "inner_products", "mix", "mix_rows", "update"]
 
 # Elements of one array that an eager pass works on at a time: on a CPU few enough to stay in the
 # cache and enough for two threads; on a GPU enough to fill it.
@@ -56,6 +56,26 @@ def inner_products(bases: Tensor, grads: Tensor) -> Tensor:
     products = bases.new_zeros(len(bases), len(grads))  # its transpose takes twice the time
     for part in chunks(bases, len(grads)):
         products.addmm_(bases[:, part], grads[:, part].to(bases.dtype).t())
+    return products.t()
+
+
+def fold(bases: Tensor, grads: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
+    """Add those gradients of the bases that M plain ones make, in one pass over them.
+
+    Args:
+        bases: (K, P).
+        grads: (M, P).
+        weights: (M, K) of the gradients in those of the bases.
+        sums: (K, P) gradients of the bases, added to.
+
+    Returns:
+        (M, K) inner products of the gradients with the bases.
+    """
+    products = bases.new_zeros(len(bases), len(grads))
+    for part in chunks(bases, len(grads)):
+        own = grads[:, part].to(bases.dtype)
+        sums[:, part].addmm_(weights.t(), own)
+        products.addmm_(bases[:, part], own.t())
     return products.t()
 
 

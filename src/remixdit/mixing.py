@@ -88,6 +88,7 @@ class Mixture:
         self._precomputed_key: tuple[int, ...] | None = None
         self._collected: list[tuple[int, Tensor]] = []  # (expert, (L, K)) of this step
         self._rows: list[Tensor] = []  # (L, K) coefficients of this step's experts
+        self._dots = self.logits.new_empty(0)  # (M, L, K) of experts in one pass
 
     def _segments(self, names: set[str], num_tables: int) -> Iterator[Segment]:
         """Lay the trainable parameters out, together what is mixed and stored alike."""
@@ -215,45 +216,54 @@ class Mixture:
             rounds: Backward passes that each expert gets; their sum is kept in float32.
         """
         # Raw coefficients need not sum to 1, so their plain gradients are kept for clipping.
-        folded = experts_per_step > self.num_bases and self.kind != "raw"
-        self._begin(experts_per_step, rounds, folded, stacked=False)
+        self._folded = experts_per_step > self.num_bases and self.kind != "raw"
+        self._collected, self._rows = [], []
+        for segment in self.segments:
+            rows, backwards = 1, rounds * experts_per_step
+            if segment.is_mixed:
+                rows, backwards = (self.num_bases if self._folded else experts_per_step), rounds
+            # Sums of several backward passes are kept in float32.
+            exact = backwards == 1 or segment.weights.dtype == segment.bases.dtype
+            folds = segment.is_mixed and self._folded
+            # Sharded, each pass leaves a slice.
+            segment.prepare_grads(rows, exact and not folds and self.sharding is None)
 
     def begin_stacked_step(self, experts: Sequence[int]) -> None:
         """Make ready for the gradients of several experts that run in one pass.
 
-        M plain gradients are kept, whatever K is, and are complete after one backward pass.
+        M plain gradients are kept for M <= K experts. For more, they become those of the bases
+        parameter by parameter; unless this process has only a slice of the bases to hold them
+        against, or coefficients are raw, which need not sum to 1: clipping needs the plain ones.
         """
-        self._begin(len(experts), 1, folded=False, stacked=True)
+        count = len(experts)
+        self._folded = count > self.num_bases and self.kind != "raw" and self.sharding is None
         for segment in self.segments:
             if not segment.is_mixed:
+                segment.prepare_grads(1, direct=True)
                 segment.refresh()
-        for expert in experts:
-            self._begin_row(expert)
+            elif self._folded:
+                segment.prepare_stacked_grads(self.num_bases, segment.bases.dtype)
+            else:
+                segment.prepare_stacked_grads(count, segment.weights.dtype)
+        self._rows = list(self.coefficients().detach()[:, list(experts)].unbind(1))
+        self._dots = torch.zeros_like(torch.stack(self._rows))  # (M, L, K)
+        self._collected = list(zip(experts, self._dots, strict=True))
 
-    def _begin(self, experts_per_step: int, rounds: int, folded: bool, stacked: bool) -> None:
-        """Allocate what gradients need; shared parameters get one from each pass."""
-        passes = 1 if stacked else rounds * experts_per_step
-        direct = stacked or self.sharding is None  # else each pass leaves a slice
-        for segment in self.segments:
-            rows, backwards = (experts_per_step, rounds) if segment.is_mixed else (1, passes)
-            folds = segment.is_mixed and folded
-            # Sums of several backward passes are kept in float32.
-            exact = backwards == 1 or segment.weights.dtype == segment.bases.dtype
-            segment.prepare_grads(self.num_bases if folds else rows, direct and exact and not folds)
-            assert segment.grads is not None
-            segment.grads.zero_()
-        self._folded = folded
-        self._collected, self._rows = [], []
-
-    def _begin_row(self, expert: int) -> None:
-        self._rows.append(self.coefficients(expert).detach())
-        self._collected.append((expert, torch.zeros_like(self._rows[-1])))
+    @torch.no_grad()
+    def collect_stacked(self, segment: Segment, place: int, grads: Tensor) -> None:
+        """Take in the gradients (M, *) of parameter number `place` of a segment."""
+        if not self._folded:
+            segment.add_grads(place, grads)
+            return
+        products = segment.add_folded(place, grads, self.expert_rows(segment))
+        self._dots[:, segment.table or 0] += products
 
     def begin_expert(self, expert: int) -> None:
         """Activate the next expert of the step and let its gradients be written."""
         self.activate(expert)
         row = len(self._rows)
-        self._begin_row(expert)
+        self._rows.append(self.coefficients(expert).detach())
+        self._collected.append((expert, torch.zeros_like(self._rows[-1])))
         for segment in self.segments:
             segment.point_grads(row if segment.is_mixed and segment.scratch is None else 0)
 
@@ -281,13 +291,8 @@ class Mixture:
         Of M plain gradients and K of the bases it is whichever is fewer; with those of the bases
         go the gradients of the coefficients, as they need the plain ones.
         """
-        # Free coefficients do not sum to 1, and clipping needs the sum of the plain gradients.
-        if not self._folded and len(self._rows) > self.num_bases and self.kind != "raw":
-            self._collected = self.coefficient_grads()
-            for segment in self.segments:
-                if segment.is_mixed:
-                    segment.fold_grads(self.basis_weights(segment))
-            self._folded = True
+        for segment in self.segments:
+            segment.round_grads()
         grads = [segment.grads for segment in self.segments if segment.grads is not None]
         return grads + [dots for _, dots in self._collected if self._folded]
 
@@ -302,6 +307,10 @@ class Mixture:
         """Return (R, K): the gradient of basis k is sum_r basis_weights[r, k] * grads[r]."""
         if not segment.is_mixed or self._folded:
             return torch.eye(segment.num_bases, device=self.device, dtype=segment.bases.dtype)
+        return self.expert_rows(segment)
+
+    def expert_rows(self, segment: Segment) -> Tensor:
+        """Return (M, K): the coefficients in a mixed segment of this step's experts."""
         return torch.stack([row[segment.table or 0] for row in self._rows])
 
     @torch.no_grad()

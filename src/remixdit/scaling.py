@@ -194,7 +194,8 @@ def gradient_bytes(mixture: Mixture, experts: int, passes: int, stacked: bool) -
         grads = arrays_of_grads(mixture)
         mixture.slice_grads()
         grads |= arrays_of_grads(mixture)
-        return {"gradients": stored(grads.values()), "stack": stored(stack.weights)}
+        leaves = {storage_of(leaf): leaf for leaves in stack.leaves for leaf in leaves}
+        return {"gradients": stored(grads.values()), "stack": stored(leaves.values())}
     mixture.begin_step(experts, passes)
     for expert in range(experts):
         mixture.begin_expert(expert)
@@ -226,7 +227,12 @@ def moved_bytes(mixture: Mixture, experts: int, passes: int, stacked: bool) -> d
         own = segment.weights.nbytes // (mixture.sharding.num_ranks if mixture.sharding else 1)
         count = experts if segment.is_mixed else 1
         folded = len(segment.grads) != count
-        moved["gradients"] += grads + taken_in(segment, experts * passes, folded)
+        if stacked and segment.is_mixed:
+            # Set to 0, added to; and the plain ones written and read, folded with all bases.
+            plain = experts * segment.weights.nbytes
+            moved["gradients"] += 3 * grads + 2 * plain + folded * bases
+        else:
+            moved["gradients"] += grads + taken_in(segment, experts * passes, folded)
         moved["norm"] += grads
         if segment.is_mixed and not folded and mixture.learns_coefficients:
             moved["inner products"] += bases + grads

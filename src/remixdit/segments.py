@@ -8,7 +8,7 @@ Shapes: K bases, P numbers of a segment (padding included), R gradients that are
 * = the shape of one parameter of the network.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ __all__ = ["Segment", "check_same_shapes"]
 
 # Views of a flat buffer start at multiples of this many elements, for aligned vector loads.
 ALIGNMENT = 64
-FOLDED_AT_ONCE = 2**20  # numbers of a gradient: the result of each product is temporary
 
 
 class Segment:
@@ -83,6 +82,11 @@ class Segment:
             flat[..., offset : offset + shape.numel()].view((*flat.shape[:-1], *shape))
             for offset, shape in pairs
         ]
+
+    def part(self, flat: Tensor, place: int) -> Tensor:
+        """Return parameter number `place` in a flat (R, P) tensor, flat: (R, p)."""
+        offset = self.offsets[place]
+        return flat[:, offset : offset + self.shapes[place].numel()]
 
     def named(self, own: Tensor) -> dict[str, Tensor]:
         """Return the parameters (..., *) in what is kept like the bases.
@@ -169,11 +173,27 @@ class Segment:
         mix(self.bases, coefficients, self._own(self.weights))
         self._gather(self.weights)
 
-    def mix_rows(self, coefficients: Tensor, out: Tensor) -> None:
-        """Write M mixtures to `out`, (M, P); coefficients is (M, K)."""
-        kernels.mix_rows(self.bases, coefficients, self._own(out))
-        for row in out:
-            self._gather(row)
+    def stacked(self, count: int) -> list[Tensor]:
+        """Return room for M sets of the parameters, (M, *) each: parts of one storage."""
+        flat = self.weights.new_empty(count * len(self.weights))
+        starts = (count * offset for offset in self.offsets)
+        return [
+            flat[start : start + count * shape.numel()].view(count, *shape)
+            for start, shape in zip(starts, self.shapes, strict=True)
+        ]
+
+    def mix_rows(self, coefficients: Tensor, outs: Sequence[Tensor]) -> None:
+        """Write M mixtures to `outs`, (M, *) each; coefficients is (M, K)."""
+        if self.sharding is None:
+            for bases, out in zip(self.views(self.bases), outs, strict=True):
+                kernels.mix_rows(bases.flatten(1), coefficients, out.flatten(1))
+            return
+        whole = torch.empty_like(self.weights)
+        for row, of_bases in enumerate(coefficients):
+            kernels.mix(self.bases, of_bases, self._own(whole))
+            self._gather(whole)
+            for out, values in zip(outs, self.views(whole), strict=True):
+                out[row] = values
 
     def refresh(self) -> None:
         """Write the one basis into the network, if it has changed."""
@@ -193,16 +213,39 @@ class Segment:
 
     def prepare_grads(self, rows: int, direct: bool) -> None:
         """Allocate `rows` gradients; unless `direct`, the network writes to a scratch one."""
-        master = self.bases.dtype
+        had_scratch = self.scratch is not None
         size = len(self.weights) if direct else self.bases.shape[1]
-        dtype = self.weights.dtype if direct else master
-        kept = self._grads_storage
-        fits = kept is not None and kept.shape[0] == rows and kept.dtype == dtype
-        if not fits or (self.scratch is None) != direct:
-            self._grads_storage = self.weights.new_zeros(rows, size, dtype=dtype)
+        self._allocate(rows, size, self.weights.dtype if direct else self.bases.dtype)
+        if had_scratch == direct:
             self.scratch = None if direct else torch.zeros_like(self.weights)
-        self.grads = self._grads_storage
         self.point_grads(0)
+
+    def prepare_stacked_grads(self, rows: int, dtype: torch.dtype) -> None:
+        """Allocate `rows` gradients that `add_grads` and `add_folded` fill."""
+        self._allocate(rows, len(self.weights), dtype)
+        self.scratch = None
+
+    def _allocate(self, rows: int, size: int, dtype: torch.dtype) -> None:
+        """Let gradients be (rows, size) zeros, in the storage of the last step if that fits."""
+        kept = self._grads_storage
+        if kept is None or kept.shape != (rows, size) or kept.dtype != dtype:
+            kept = self._grads_storage = self.weights.new_empty(rows, size, dtype=dtype)
+        self.grads = kept.zero_()
+
+    def add_grads(self, place: int, grads: Tensor) -> None:
+        """Add M plain gradients of parameter number `place`, (M, *)."""
+        assert self.grads is not None
+        self.part(self.grads, place).add_(grads.flatten(1))
+
+    def add_folded(self, place: int, grads: Tensor, weights: Tensor) -> Tensor:
+        """Add M plain gradients of a parameter, (M, *), to those of the bases; weights is (M, K).
+
+        Returns:
+            (M, K) their inner products with the bases.
+        """
+        assert self.grads is not None
+        bases, sums = self.part(self.bases, place), self.part(self.grads, place)
+        return kernels.fold(bases, grads.flatten(1), weights, sums)
 
     def point_grads(self, row: int) -> None:
         """Let back-propagation write to one row of the gradients (or to the scratch one)."""
@@ -221,13 +264,10 @@ class Segment:
         self.scratch.zero_()
         return grad
 
-    def fold_grads(self, weights: Tensor) -> None:
-        """Turn R plain gradients into those of K < R bases, in place; weights is (R, K)."""
-        assert self.grads is not None
-        mix = weights.t().to(self.grads.dtype)
-        for part in torch.split(self.grads, FOLDED_AT_ONCE, 1):
-            part[: len(mix)] = mix @ part
-        self.grads = self.grads[: len(mix)]
+    def round_grads(self) -> None:
+        """Give gradients of one backward pass the network's dtype: half of the bytes to send."""
+        if self.grads is not None and self.scratch is None:
+            self.grads = self.grads.to(self.weights.dtype)
 
     def _attach(self) -> None:
         """Make the network's parameters views of `weights`."""

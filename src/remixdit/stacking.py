@@ -6,18 +6,22 @@ stacked, and every linear of the network becomes a batched product over them. Al
 network does is the same for every expert and sees one batch. The network is not changed: what it
 asks of its mixed parameters is answered for the stack instead.
 
-Images are sorted so that no padding is needed where M does not divide their number:
+Images are sorted by expert, and where M does not divide their number some experts have one more:
 
-    rows      of expert 0, 1, ..., M - 1, as many of each;  then one more of some experts
-    products  (M, rows, in) @ (M, in, out);                 (rest, rows, in) @ (rest, in, out)
+    experts   0 ... r - 1 with e + 1 images each,  r ... M - 1 with e
+    products  (r, rows + 1, in) @ (r, in, out);    (M - r, rows, in) @ (M - r, in, out)
 
-It costs the memory of M networks and M gradients: the largest take their experts in turn.
+On the way back the M gradients of a parameter are handed to the mixture as soon as they are there,
+while the cache holds them: it makes gradients of K bases of them, and they are gone.
 
-Shapes: M experts of a step, B images, P numbers of a segment, * = one parameter.
+It costs the memory of M networks: the largest take their experts in turn.
+
+Shapes: M experts of a step, B images, * = one parameter.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +31,12 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from remixdit.mixing import Mixture
+from remixdit.segments import Segment
 
 __all__ = ["ExpertStack", "Order", "stacks"]
 
-# Mixed parameters of all experts of a step up to which they stand stacked: with their gradients
-# 8 GB in bfloat16. It is B/2 with 20 experts, whose gradients would otherwise be folded into those
-# of the bases 20 times.
+# Mixed parameters of all experts of a step up to which they stand stacked: 4 GB in bfloat16. It is
+# B/2 with 20 experts.
 MAX_STACKED = 2_000_000_000
 
 
@@ -42,77 +46,79 @@ def stacks(mixture: Mixture, experts_per_step: int) -> bool:
     return experts_per_step > 1 and experts_per_step * size <= MAX_STACKED
 
 
+class Group(NamedTuple):
+    """Neighbouring experts that have as many images each."""
+
+    experts: slice
+    """Of [0, M)."""
+    rows: slice
+    """Of the sorted images."""
+
+
 class Order(NamedTuple):
     """How the images of a process are sorted by expert."""
 
     rows: Tensor
-    """(B,) places of the images: as many of every expert, expert by expert, then the rest."""
-    each: int
-    """Images that every expert has."""
-    rest: Tensor
-    """Experts, in [0, M), that have one more."""
+    """(B,) places of the images, expert by expert."""
+    experts: Tensor
+    """(B,) the expert of each sorted image, in [0, M)."""
+    groups: tuple[Group, ...]
+    """At most three, in order; all experts and all images are in them."""
 
     @classmethod
     def of(cls, first: int, count: int, num_experts: int, device: torch.device) -> "Order":
         """Sort images first..first + count, of which image i belongs to expert i mod M."""
-        each = count // num_experts
-        starts = (torch.arange(num_experts, device=device) - first) % num_experts
-        even = starts[:, None] + num_experts * torch.arange(each, device=device)  # (M, each)
-        odd = torch.arange(each * num_experts, count, device=device)
-        return cls(torch.cat([even.flatten(), odd]), each, (first + odd) % num_experts)
-
-    def experts(self, num_experts: int) -> Tensor:
-        """Return (B,) the expert of each sorted image."""
-        even = torch.arange(num_experts, device=self.rest.device).repeat_interleave(self.each)
-        return torch.cat([even, self.rest])
-
-
-class Stacked(NamedTuple):
-    """One mixed parameter of all experts of a step."""
-
-    values: Tensor
-    """(M, *), a leaf."""
-    grad: Tensor
-    """(M, *), where its gradient goes."""
+        experts = (first + torch.arange(count, device=device)) % num_experts
+        experts, rows = experts.sort(stable=True)
+        each, more = divmod(count, num_experts)
+        # The experts that have one more follow each other, maybe around the end.
+        begin, end = first % num_experts, (first + more) % num_experts
+        cuts = sorted({0, begin, end, num_experts})
+        groups, taken = [], 0
+        for start, stop in pairwise(cuts):
+            has_more = (start - begin) % num_experts < more
+            size = (stop - start) * (each + has_more)
+            groups.append(Group(slice(start, stop), slice(taken, taken + size)))
+            taken += size
+        return cls(rows, experts, tuple(groups))
 
 
 class ExpertStack:
-    """The weights and gradients of the M experts of a step.
+    """The weights of the M experts of a step.
 
     Args:
-        mixture: Its gradients are collected as if the experts had run in turn.
+        mixture: Takes in the gradients.
         experts_per_step: M.
     """
 
     def __init__(self, mixture: Mixture, experts_per_step: int) -> None:
         self.mixture, self.experts_per_step = mixture, experts_per_step
         self.mixed = [segment for segment in mixture.segments if segment.is_mixed]
-        self.weights = [s.weights.new_empty(experts_per_step, len(s.weights)) for s in self.mixed]
-        # Rows of a flat buffer are not dense, which autograd fears is slow. It is not.
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout")
-        self.leaves: list[Tensor] = []  # (M, *), each a view of its segment's weights
-        for segment, weights in zip(self.mixed, self.weights, strict=True):
-            self.leaves += [values.requires_grad_() for values in segment.views(weights)]
+        self.leaves = [segment.stacked(experts_per_step) for segment in self.mixed]
+        for segment, leaves in zip(self.mixed, self.leaves, strict=True):
+            for i, leaf in enumerate(leaves):
+                take_in = partial(self._take_in, segment, i)
+                leaf.requires_grad_().register_post_accumulate_grad_hook(take_in)  # type: ignore[no-untyped-call]
+
+    def _take_in(self, segment: Segment, place: int, leaf: Tensor) -> None:
+        """Hand the gradients of one parameter over; back-propagation calls it."""
+        assert leaf.grad is not None
+        self.mixture.collect_stacked(segment, place, leaf.grad)
+        leaf.grad = None
 
     @torch.no_grad()
     def begin_step(self, experts: Sequence[int]) -> None:
         """Mix the M experts and make ready for their gradients."""
         self.mixture.begin_stacked_step(experts)
-        grads: list[Tensor] = []
-        for segment, weights in zip(self.mixed, self.weights, strict=True):
-            segment.mix_rows(self.mixture.basis_weights(segment), weights)
-            assert segment.grads is not None
-            grads += segment.views(segment.grads)
-        for leaf, grad in zip(self.leaves, grads, strict=True):
-            leaf.grad = grad
+        for segment, leaves in zip(self.mixed, self.leaves, strict=True):
+            segment.mix_rows(self.mixture.expert_rows(segment), leaves)
 
     def __call__(self, order: Order, *inputs: Tensor) -> Tensor:
         """Run every expert on its own images, sorted by `order`: (B, ...) => (B, C, H, W)."""
-        parameters = (p for segment in self.mixed for p in segment.parameters)
-        table = {}
-        for parameter, leaf in zip(parameters, self.leaves, strict=True):
-            assert leaf.grad is not None
-            table[id(parameter)] = Stacked(leaf, leaf.grad)
+        table: dict[int, Tensor] = {}
+        for segment, leaves in zip(self.mixed, self.leaves, strict=True):
+            ids = (id(parameter) for parameter in segment.parameters)
+            table.update(zip(ids, leaves, strict=True))
         with StackedParameters(table, order):
             return self.mixture.network(*inputs)
 
@@ -125,7 +131,7 @@ class StackedParameters(TorchFunctionMode):
         order: Of the images.
     """
 
-    def __init__(self, table: Mapping[int, Stacked], order: Order) -> None:
+    def __init__(self, table: Mapping[int, Tensor], order: Order) -> None:
         super().__init__()
         self.table, self.order = dict(table), order
         self.derived: list[Tensor] = []  # kept, so that no other tensor gets their ids
@@ -141,86 +147,66 @@ class StackedParameters(TorchFunctionMode):
         if not own or getattr(func, "__name__", "") == "__get__":  # such as .dtype
             return func(*args, **(kwargs or {}))
         if func is F.linear:
-            values = linear_parts(own, args)
-            return GroupedLinear.apply(args[0], *values, self.order)  # type: ignore[no-untyped-call]
+            biased = len(args) > 2 and args[2] is not None
+            if len(own) != 1 + biased:
+                raise NotImplementedError("stacked experts need a linear's weight and bias mixed")
+            bias = own[1] if biased else None
+            return GroupedLinear.apply(args[0], own[0], bias, self.order)  # type: ignore[no-untyped-call]
         if func is F.embedding:
-            experts = self.order.experts(len(own[0].values))
-            return own[0].values[experts, args[0]]
+            return own[0][self.order.experts, args[0]]
         if func is torch.Tensor.flatten and args[1:] == (1,):
             flat = func(*args)
             self.derived.append(flat)
-            self.table[id(flat)] = Stacked(own[0].values.flatten(2), own[0].grad.flatten(2))
+            self.table[id(flat)] = own[0].flatten(2)
             return flat
         raise NotImplementedError(f"stacked experts do not know {func}")
 
 
-def linear_parts(own: Sequence[Stacked], args: Sequence[Any]) -> tuple[Any, ...]:
-    """Return values and gradients of weight and bias, which are mixed together."""
-    biased = len(args) > 2 and args[2] is not None
-    if len(own) != 1 + biased:
-        raise NotImplementedError("stacked experts need weight and bias of a linear both mixed")
-    bias = own[1] if biased else (None, None)
-    return own[0].values, own[0].grad, *bias
-
-
 class GroupedLinear(torch.autograd.Function):
-    """A linear whose weights depend on the expert; gradients go straight to where they stay."""
+    """A linear whose weights depend on the expert: one batched product for each group."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         inputs: Tensor,  # (B, ..., in)
         weight: Tensor,  # (M, out, in)
-        weight_grad: Tensor,  # (M, out, in)
         bias: Tensor | None,  # (M, out)
-        bias_grad: Tensor | None,  # (M, out)
         order: Order,
     ) -> Tensor:
         """Return (B, ..., out)."""
+        inputs = inputs.contiguous()
         outputs = inputs.new_empty(*inputs.shape[:-1], weight.shape[1])
-        parts = (split_rows(values, order, len(weight)) for values in (inputs, outputs))
-        for x, y, pick in zip(*parts, picks(order), strict=True):
-            if pick is None:
-                continue
-            torch.bmm(x, weight[pick].transpose(1, 2), out=y)
+        for group in order.groups:
+            x, y = (by_expert(values, group) for values in (inputs, outputs))
+            torch.bmm(x, weight[group.experts].transpose(1, 2), out=y)
             if bias is not None:
-                y.add_(bias[pick][:, None])
+                y.add_(bias[group.experts, None])
         ctx.save_for_backward(inputs, weight)
-        ctx.grads, ctx.order = (weight_grad, bias_grad), order  # type: ignore[attr-defined]
+        ctx.order = order  # type: ignore[attr-defined]
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Add to the gradients of weight and bias; return that of the inputs."""
+        """Return the gradients of inputs, weight and bias."""
         inputs, weight = ctx.saved_tensors
-        weight_grad, bias_grad = ctx.grads
+        needs_inputs, _, has_bias, _ = ctx.needs_input_grad
         grad = grads[0].contiguous()
-        needed = ctx.needs_input_grad[0]
-        input_grad = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-        parts = (split_rows(t, ctx.order, len(weight)) for t in (inputs, grad, input_grad))
-        for x, g, x_grad, pick in zip(*parts, picks(ctx.order), strict=True):
-            if pick is None:
-                continue
-            if isinstance(pick, slice):
-                weight_grad.baddbmm_(g.transpose(1, 2), x)
-            else:
-                weight_grad[pick] += torch.bmm(g.transpose(1, 2), x)
+        input_grad = torch.empty_like(inputs) if needs_inputs else None
+        weight_grad = torch.empty_like(weight)
+        bias_grad = weight.new_empty(weight.shape[:2]) if has_bias else None
+        for group in ctx.order.groups:
+            experts = group.experts
+            x, g = (by_expert(values, group) for values in (inputs, grad))
+            torch.bmm(g.transpose(1, 2), x, out=weight_grad[experts])
             if bias_grad is not None:
-                bias_grad[pick] += g.sum(1)
-            if needed:
-                torch.bmm(g, weight[pick], out=x_grad)
-        return input_grad if needed else None, None, None, None, None, None
+                torch.sum(g, 1, out=bias_grad[experts])
+            if input_grad is not None:
+                torch.bmm(g, weight[experts], out=by_expert(input_grad, group))
+        return input_grad, weight_grad, bias_grad, None
 
 
-def split_rows(values: Tensor, order: Order, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return what every expert has, (M, rows, D), and what some have more, (rest, rows, D)."""
-    images = num_experts * order.each
-    even, rest = values[:images], values[images:]
-    width = values.shape[-1]
-    rows = values[0].numel() // width
-    return even.reshape(num_experts, -1, width), rest.reshape(-1, rows, width)
-
-
-def picks(order: Order) -> tuple[slice | None, Tensor | None]:
-    """Return which experts take part in the two products, None where there is nothing."""
-    return slice(None) if order.each else None, order.rest if len(order.rest) else None
+def by_expert(values: Tensor, group: Group) -> Tensor:
+    """Return what a group has of (B, ..., D), as (experts, rows, D)."""
+    count = group.experts.stop - group.experts.start
+    own = values[group.rows]
+    return own.view(count, own.numel() // (count * values.shape[-1]), values.shape[-1])
