@@ -102,6 +102,27 @@ def test_a_stacked_bfloat16_step_is_near_the_float32_one():
         assert (ours - theirs).norm() < 5e-2 * theirs.norm()
 
 
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_parameter_used_twice_or_not_at_all_has_the_gradient_of_that(folded):
+    segment = next(s for s in tiny_model().mixture.segments if s.is_mixed)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(5, segment.num_bases, generator=generator)
+    grads = [torch.randn(5, *shape, generator=generator) for shape in segment.shapes]
+    used = ((*range(len(grads)),), (0, 0))  # in the first step, and in the second
+    for places in used:
+        segment.prepare_stacked_grads(segment.num_bases if folded else 5, torch.float32)
+        for place in places:
+            if folded:
+                segment.add_folded(place, grads[place], weights)
+            else:
+                segment.add_grads(place, grads[place])
+        segment.clear_rest()
+    first, *others = (segment.part(segment.grads, place) for place in range(len(grads)))
+    plain = 2 * grads[0].flatten(1)
+    torch.testing.assert_close(first, weights.t() @ plain if folded else plain)
+    assert not any(part.any() for part in others)
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_what_trains_is_what_is_kept(stacked):
     """A bfloat16 network must follow its float32 masters, shared parameters among them."""

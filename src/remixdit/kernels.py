@@ -59,14 +59,15 @@ def inner_products(bases: Tensor, grads: Tensor) -> Tensor:
     return products.t()
 
 
-def fold(bases: Tensor, grads: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
-    """Add those gradients of the bases that M plain ones make, in one pass over them.
+def fold(bases: Tensor, grads: Tensor, weights: Tensor, sums: Tensor, add: bool) -> Tensor:
+    """Write or add those gradients of the bases that M plain ones make, in one pass over them.
 
     Args:
         bases: (K, P).
         grads: (M, P).
         weights: (M, K) of the gradients in those of the bases.
-        sums: (K, P) gradients of the bases, added to.
+        sums: (K, P) gradients of the bases.
+        add: Whether to add to what is there.
 
     Returns:
         (M, K) inner products of the gradients with the bases.
@@ -74,7 +75,7 @@ def fold(bases: Tensor, grads: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
     products = bases.new_zeros(len(bases), len(grads))
     for part in chunks(bases, len(grads)):
         own = grads[:, part].to(bases.dtype)
-        sums[:, part].addmm_(weights.t(), own)
+        sums[:, part].addmm_(weights.t(), own, beta=int(add))
         products.addmm_(bases[:, part], own.t())
     return products.t()
 

@@ -228,9 +228,8 @@ def moved_bytes(mixture: Mixture, experts: int, passes: int, stacked: bool) -> d
         count = experts if segment.is_mixed else 1
         folded = len(segment.grads) != count
         if stacked and segment.is_mixed:
-            # Set to 0, added to; and the plain ones written and read, folded with all bases.
-            plain = experts * segment.weights.nbytes
-            moved["gradients"] += 3 * grads + 2 * plain + folded * bases
+            # Written; and before, the plain ones written and read, folded with all bases.
+            moved["gradients"] += grads + 2 * experts * segment.weights.nbytes + folded * bases
         else:
             moved["gradients"] += grads + taken_in(segment, experts * passes, folded)
         moved["norm"] += grads

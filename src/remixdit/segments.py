@@ -57,6 +57,7 @@ class Segment:
         self.grads: Tensor | None = None
         self.scratch: Tensor | None = None
         self._grads_storage: Tensor | None = None
+        self._unwritten: set[int] = set()  # parameters whose gradients are not what they should be
         self.weights: Tensor = self.bases[0]
         self.cast(first.dtype)
 
@@ -215,27 +216,25 @@ class Segment:
         """Allocate `rows` gradients; unless `direct`, the network writes to a scratch one."""
         had_scratch = self.scratch is not None
         size = len(self.weights) if direct else self.bases.shape[1]
-        self._allocate(rows, size, self.weights.dtype if direct else self.bases.dtype)
+        self._allocate(rows, size, self.weights.dtype if direct else self.bases.dtype).zero_()
         if had_scratch == direct:
             self.scratch = None if direct else torch.zeros_like(self.weights)
         self.point_grads(0)
 
     def prepare_stacked_grads(self, rows: int, dtype: torch.dtype) -> None:
-        """Allocate `rows` gradients that `add_grads` and `add_folded` fill."""
+        """Allocate `rows` gradients for `add_grads` or `add_folded`, then `clear_rest`."""
         self._allocate(rows, len(self.weights), dtype)
         self.scratch = None
-
-    def _allocate(self, rows: int, size: int, dtype: torch.dtype) -> None:
-        """Let gradients be (rows, size) zeros, in the storage of the last step if that fits."""
-        kept = self._grads_storage
-        if kept is None or kept.shape != (rows, size) or kept.dtype != dtype:
-            kept = self._grads_storage = self.weights.new_empty(rows, size, dtype=dtype)
-        self.grads = kept.zero_()
+        self._unwritten = set(range(len(self.shapes)))
 
     def add_grads(self, place: int, grads: Tensor) -> None:
         """Add M plain gradients of parameter number `place`, (M, *)."""
         assert self.grads is not None
-        self.part(self.grads, place).add_(grads.flatten(1))
+        kept, plain = self.part(self.grads, place), grads.flatten(1)
+        if self._first(place):
+            kept.copy_(plain)
+        else:
+            kept.add_(plain)
 
     def add_folded(self, place: int, grads: Tensor, weights: Tensor) -> Tensor:
         """Add M plain gradients of a parameter, (M, *), to those of the bases; weights is (M, K).
@@ -245,7 +244,30 @@ class Segment:
         """
         assert self.grads is not None
         bases, sums = self.part(self.bases, place), self.part(self.grads, place)
-        return kernels.fold(bases, grads.flatten(1), weights, sums)
+        return kernels.fold(bases, grads.flatten(1), weights, sums, not self._first(place))
+
+    def clear_rest(self) -> None:
+        """Give the parameters that got no gradient one of 0."""
+        for place in self._unwritten:
+            assert self.grads is not None
+            self.part(self.grads, place).zero_()
+
+    def _first(self, place: int) -> bool:
+        """Say whether this is the first gradient of a parameter in this step; asked once."""
+        is_first = place in self._unwritten
+        self._unwritten.discard(place)
+        return is_first
+
+    def _allocate(self, rows: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Let gradients be (rows, size), in the storage of the last step if that fits.
+
+        What lies between parameters is 0 and stays so.
+        """
+        kept = self._grads_storage
+        if kept is None or kept.shape != (rows, size) or kept.dtype != dtype:
+            kept = self._grads_storage = self.weights.new_zeros(rows, size, dtype=dtype)
+        self.grads = kept
+        return kept
 
     def point_grads(self, row: int) -> None:
         """Let back-propagation write to one row of the gradients (or to the scratch one)."""

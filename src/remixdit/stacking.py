@@ -113,6 +113,11 @@ class ExpertStack:
         for segment, leaves in zip(self.mixed, self.leaves, strict=True):
             segment.mix_rows(self.mixture.expert_rows(segment), leaves)
 
+    def end_step(self) -> None:
+        """Complete the gradients, when back-propagation has ended."""
+        for segment in self.mixed:
+            segment.clear_rest()
+
     def __call__(self, order: Order, *inputs: Tensor) -> Tensor:
         """Run every expert on its own images, sorted by `order`: (B, ...) => (B, C, H, W)."""
         table: dict[int, Tensor] = {}

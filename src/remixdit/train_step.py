@@ -204,6 +204,7 @@ def stacked_pass(
     stack.begin_step(experts)
     output = stack(order, noisy, timesteps, own.class_labels)
     back_propagate(model, output, own, window)
+    stack.end_step()
 
 
 def group_rows(group: int, num_groups: int, inputs: Inputs) -> Tensor:

@@ -56,7 +56,7 @@ VARIANTS = {
         "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
     ),
     "stratified-long": Variant(
-        "the stratified plain DiT with 1.75 times the images", PLAIN, stratified=True, share=1.75
+        "the stratified plain DiT with a quarter more images", PLAIN, stratified=True, share=1.25
     ),
     "independent": independent(
         8, 1, "8 independent experts, one a step: each gets 1/8 of the steps (as published)"
@@ -134,7 +134,7 @@ def named(*prefixes: str) -> tuple[str, ...]:
 STUDIES = {
     "table2": (
         *(START, "continued", "stratified", "independent", "independent-shared"),
-        *("published", "remix-half", "remix"),
+        *("published", "stratified-long", "remix-half", "remix"),
     ),
     "coefficients": (START, "stratified", "one-hot", "raw", "per-block", "remix"),
     "bases": (START, "stratified", "k2", "k8", "k20", "remix"),
