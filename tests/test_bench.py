@@ -64,7 +64,7 @@ def test_memory_is_told_by_part_and_traffic_in_bytes():
     for facts in (plain, one):
         assert sum(facts["memory"].values()) == facts["needed_bytes"]
         assert facts["excess_fraction"] == pytest.approx(1e9 / facts["needed_bytes"] - 1)
-    # A stack of M networks and gradients is more than the method needs.
+    # A stack of M networks is more than the method needs.
     assert sum(all_experts["memory"].values()) > all_experts["needed_bytes"] > one["needed_bytes"]
     assert memory_facts(run_of(config)["plain"], None)["excess_fraction"] is None
 

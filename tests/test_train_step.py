@@ -1,5 +1,7 @@
 """One step: its plan, its gradients, and that nothing about how it is run changes them."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -102,25 +104,27 @@ def test_a_stacked_bfloat16_step_is_near_the_float32_one():
         assert (ours - theirs).norm() < 5e-2 * theirs.norm()
 
 
-@pytest.mark.parametrize("folded", [True, False])
-def test_a_parameter_used_twice_or_not_at_all_has_the_gradient_of_that(folded):
-    segment = next(s for s in tiny_model().mixture.segments if s.is_mixed)
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(5, segment.num_bases, generator=generator)
-    grads = [torch.randn(5, *shape, generator=generator) for shape in segment.shapes]
-    used = ((*range(len(grads)),), (0, 0))  # in the first step, and in the second
-    for places in used:
-        segment.prepare_stacked_grads(segment.num_bases if folded else 5, torch.float32)
+def test_a_parameter_without_gradient_in_a_stacked_step_has_one_of_0():
+    model = tiny_model()
+    segment = next(s for s in model.mixture.segments if s.is_mixed)
+    for places in (range(len(segment.shapes)), [0]):  # the second step finds what the first left
+        model.mixture.begin_stacked_step(range(5))
         for place in places:
-            if folded:
-                segment.add_folded(place, grads[place], weights)
-            else:
-                segment.add_grads(place, grads[place])
+            grads = torch.ones(5, *segment.shapes[place])
+            model.mixture.collect_stacked(segment, place, grads)
         segment.clear_rest()
-    first, *others = (segment.part(segment.grads, place) for place in range(len(grads)))
-    plain = 2 * grads[0].flatten(1)
-    torch.testing.assert_close(first, weights.t() @ plain if folded else plain)
+    first, *others = (segment.part(segment.grads, place) for place in range(len(segment.shapes)))
+    assert first.all()
     assert not any(part.any() for part in others)
+
+
+def test_a_stack_is_freed_with_its_mixture():
+    model = tiny_model()
+    stack = ExpertStack(model.mixture, 5)
+    alive = [weakref.ref(values) for values in (stack.leaves[0][0], model.mixture)]
+    del stack, model
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -1,4 +1,4 @@
-"""The passes over the bases: mix, inner products, update. Pure functions of flat tensors.
+"""The passes over the bases: mix, inner products, fold, update. Pure functions of flat tensors.
 
 They move K times the memory of a plain network's optimizer and compute next to nothing, so what
 counts is how often they read and write. Compiled, each is one kernel without a temporary of K
@@ -59,15 +59,14 @@ def inner_products(bases: Tensor, grads: Tensor) -> Tensor:
     return products.t()
 
 
-def fold(bases: Tensor, grads: Tensor, weights: Tensor, sums: Tensor, add: bool) -> Tensor:
-    """Write or add those gradients of the bases that M plain ones make, in one pass over them.
+def fold(bases: Tensor, grads: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """Turn M plain gradients into those of K bases, and hold them against the bases, in one pass.
 
     Args:
         bases: (K, P).
         grads: (M, P).
         weights: (M, K) of the gradients in those of the bases.
-        sums: (K, P) gradients of the bases.
-        add: Whether to add to what is there.
+        out: (K, P) gradients of the bases, written.
 
     Returns:
         (M, K) inner products of the gradients with the bases.
@@ -75,7 +74,7 @@ def fold(bases: Tensor, grads: Tensor, weights: Tensor, sums: Tensor, add: bool)
     products = bases.new_zeros(len(bases), len(grads))
     for part in chunks(bases, len(grads)):
         own = grads[:, part].to(bases.dtype)
-        sums[:, part].addmm_(weights.t(), own, beta=int(add))
+        torch.mm(weights.t(), own, out=out[:, part])
         products.addmm_(bases[:, part], own.t())
     return products.t()
 

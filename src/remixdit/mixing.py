@@ -88,7 +88,8 @@ class Mixture:
         self._precomputed_key: tuple[int, ...] | None = None
         self._collected: list[tuple[int, Tensor]] = []  # (expert, (L, K)) of this step
         self._rows: list[Tensor] = []  # (L, K) coefficients of this step's experts
-        self._dots = self.logits.new_empty(0)  # (M, L, K) of experts in one pass
+        # (M, L, K) of experts in one pass: coefficients, and the gradients of these.
+        self._stacked_rows = self._stacked_dots = self.logits.new_empty(0)
 
     def _segments(self, names: set[str], num_tables: int) -> Iterator[Segment]:
         """Lay the trainable parameters out, together what is mixed and stored alike."""
@@ -245,18 +246,21 @@ class Mixture:
                 segment.prepare_stacked_grads(self.num_bases, segment.bases.dtype)
             else:
                 segment.prepare_stacked_grads(count, segment.weights.dtype)
-        self._rows = list(self.coefficients().detach()[:, list(experts)].unbind(1))
-        self._dots = torch.zeros_like(torch.stack(self._rows))  # (M, L, K)
-        self._collected = list(zip(experts, self._dots, strict=True))
+        every = self.coefficients().detach().unbind(1)  # an index of many would wait for a GPU
+        self._stacked_rows = torch.stack([every[expert] for expert in experts])
+        self._stacked_dots = torch.zeros_like(self._stacked_rows)
+        self._rows = list(self._stacked_rows)
+        self._collected = list(zip(experts, self._stacked_dots, strict=True))
 
     @torch.no_grad()
     def collect_stacked(self, segment: Segment, place: int, grads: Tensor) -> None:
         """Take in the gradients (M, *) of parameter number `place` of a segment."""
+        table = segment.table or 0
         if not self._folded:
-            segment.add_grads(place, grads)
+            segment.write_grads(place, grads)
             return
-        products = segment.add_folded(place, grads, self.expert_rows(segment))
-        self._dots[:, segment.table or 0] += products
+        products = segment.write_folded(place, grads, self._stacked_rows[:, table])
+        self._stacked_dots[:, table] += products
 
     def begin_expert(self, expert: int) -> None:
         """Activate the next expert of the step and let its gradients be written."""
@@ -286,10 +290,11 @@ class Mixture:
 
     @torch.no_grad()
     def to_reduce(self) -> list[Tensor]:
-        """Return what several processes have to sum: the gradients of this step.
+        """Return what several processes have to sum: the gradients of this step, made small.
 
-        Of M plain gradients and K of the bases it is whichever is fewer; with those of the bases
-        go the gradients of the coefficients, as they need the plain ones.
+        Of M plain gradients and K of the bases it is whichever is fewer, but for raw coefficients
+        the plain ones; with those of the bases go the gradients of the coefficients, as they need
+        the plain ones.
         """
         for segment in self.segments:
             segment.round_grads()

@@ -228,8 +228,9 @@ def moved_bytes(mixture: Mixture, experts: int, passes: int, stacked: bool) -> d
         count = experts if segment.is_mixed else 1
         folded = len(segment.grads) != count
         if stacked and segment.is_mixed:
-            # Written; and before, the plain ones written and read, folded with all bases.
-            moved["gradients"] += grads + 2 * experts * segment.weights.nbytes + folded * bases
+            # Plain ones written and read; what is kept of them written, by the bases if folded.
+            plain = experts * segment.weights.nbytes
+            moved["gradients"] += 2 * plain + (grads + bases if folded else plain)
         else:
             moved["gradients"] += grads + taken_in(segment, experts * passes, folded)
         moved["norm"] += grads
@@ -241,6 +242,8 @@ def moved_bytes(mixture: Mixture, experts: int, passes: int, stacked: bool) -> d
         moved["update"] += 8 * updated + grads  # bases, both moments, average: read and written
         if not segment.constant:
             moved["mix"] += (1 if stacked else experts) * bases + experts * own
+            if stacked and mixture.sharding is not None:  # completed row by row, then copied
+                moved["mix"] += experts * (own + 3 * segment.weights.nbytes)
         elif storage_of(segment.weights) != storage_of(segment.bases):
             moved["mix"] += bases + own
     return moved

@@ -30,7 +30,8 @@ class Segment:
         table: Index of their coefficient table, or None for shared parameters (K = 1).
         bases: (K, P) master weights, float32 or wider; this process's slice, if sharded.
         weights: (P,) the storage of the network's parameters; bases[0] itself where that serves.
-        grads: (R, P) plain gradients, or None outside of training; a slice, if sharded.
+        grads: (R, P) plain gradients or those of the bases, None outside of training; a slice, if
+            sharded.
         sharding: How the bases are shared out over processes, or None.
     """
 
@@ -57,7 +58,7 @@ class Segment:
         self.grads: Tensor | None = None
         self.scratch: Tensor | None = None
         self._grads_storage: Tensor | None = None
-        self._unwritten: set[int] = set()  # parameters whose gradients are not what they should be
+        self._unwritten: set[int] = set()  # parameters without a gradient yet in a stacked step
         self.weights: Tensor = self.bases[0]
         self.cast(first.dtype)
 
@@ -189,12 +190,13 @@ class Segment:
             for bases, out in zip(self.views(self.bases), outs, strict=True):
                 kernels.mix_rows(bases.flatten(1), coefficients, out.flatten(1))
             return
+        own = self.weights.new_empty(len(coefficients), self.bases.shape[1])
+        kernels.mix_rows(self.bases, coefficients, own)
         whole = torch.empty_like(self.weights)
-        for row, of_bases in enumerate(coefficients):
-            kernels.mix(self.bases, of_bases, self._own(whole))
-            self._gather(whole)
+        for i, row in enumerate(own):
+            self.sharding.gather(row, whole)
             for out, values in zip(outs, self.views(whole), strict=True):
-                out[row] = values
+                out[i] = values
 
     def refresh(self) -> None:
         """Write the one basis into the network, if it has changed."""
@@ -222,41 +224,41 @@ class Segment:
         self.point_grads(0)
 
     def prepare_stacked_grads(self, rows: int, dtype: torch.dtype) -> None:
-        """Allocate `rows` gradients for `add_grads` or `add_folded`, then `clear_rest`."""
+        """Allocate `rows` gradients for `write_grads` or `write_folded`, then `clear_rest`."""
         self._allocate(rows, len(self.weights), dtype)
         self.scratch = None
         self._unwritten = set(range(len(self.shapes)))
+        for parameter in self.parameters:
+            parameter.grad = None
 
-    def add_grads(self, place: int, grads: Tensor) -> None:
-        """Add M plain gradients of parameter number `place`, (M, *)."""
+    def write_grads(self, place: int, grads: Tensor) -> None:
+        """Take M plain gradients of parameter number `place`, (M, *)."""
         assert self.grads is not None
-        kept, plain = self.part(self.grads, place), grads.flatten(1)
-        if self._first(place):
-            kept.copy_(plain)
-        else:
-            kept.add_(plain)
+        self.part(self.grads, place).copy_(grads.flatten(1))
+        self._unwritten.remove(place)
 
-    def add_folded(self, place: int, grads: Tensor, weights: Tensor) -> Tensor:
-        """Add M plain gradients of a parameter, (M, *), to those of the bases; weights is (M, K).
+    def write_folded(self, place: int, grads: Tensor, weights: Tensor) -> Tensor:
+        """Take what M plain gradients of a parameter, (M, *), make of its bases'.
+
+        Args:
+            place: Number of the parameter.
+            grads: (M, *).
+            weights: (M, K) of the gradients in those of the bases.
 
         Returns:
             (M, K) their inner products with the bases.
         """
         assert self.grads is not None
         bases, sums = self.part(self.bases, place), self.part(self.grads, place)
-        return kernels.fold(bases, grads.flatten(1), weights, sums, not self._first(place))
+        self._unwritten.remove(place)
+        return kernels.fold(bases, grads.flatten(1), weights, sums)
 
     def clear_rest(self) -> None:
         """Give the parameters that got no gradient one of 0."""
         for place in self._unwritten:
             assert self.grads is not None
             self.part(self.grads, place).zero_()
-
-    def _first(self, place: int) -> bool:
-        """Say whether this is the first gradient of a parameter in this step; asked once."""
-        is_first = place in self._unwritten
-        self._unwritten.discard(place)
-        return is_first
+        self._unwritten.clear()
 
     def _allocate(self, rows: int, size: int, dtype: torch.dtype) -> Tensor:
         """Let gradients be (rows, size), in the storage of the last step if that fits.

@@ -6,10 +6,11 @@ stacked, and every linear of the network becomes a batched product over them. Al
 network does is the same for every expert and sees one batch. The network is not changed: what it
 asks of its mixed parameters is answered for the stack instead.
 
-Images are sorted by expert, and where M does not divide their number some experts have one more:
+Images are sorted by expert, and where M does not divide their number some experts have one more. On
+one process, with t tokens an image:
 
-    experts   0 ... r - 1 with e + 1 images each,  r ... M - 1 with e
-    products  (r, rows + 1, in) @ (r, in, out);    (M - r, rows, in) @ (M - r, in, out)
+    experts   0 ... r - 1 with e + 1 images each;     r ... M - 1 with e
+    products  (r, (e + 1) t, in) @ (r, in, out);      (M - r, e t, in) @ (M - r, in, out)
 
 On the way back the M gradients of a parameter are handed to the mixture as soon as they are there,
 while the cache holds them: it makes gradients of K bases of them, and they are gone.
@@ -97,14 +98,9 @@ class ExpertStack:
         self.leaves = [segment.stacked(experts_per_step) for segment in self.mixed]
         for segment, leaves in zip(self.mixed, self.leaves, strict=True):
             for i, leaf in enumerate(leaves):
-                take_in = partial(self._take_in, segment, i)
-                leaf.requires_grad_().register_post_accumulate_grad_hook(take_in)  # type: ignore[no-untyped-call]
-
-    def _take_in(self, segment: Segment, place: int, leaf: Tensor) -> None:
-        """Hand the gradients of one parameter over; back-propagation calls it."""
-        assert leaf.grad is not None
-        self.mixture.collect_stacked(segment, place, leaf.grad)
-        leaf.grad = None
+                # The hook must not know the stack: such a cycle would never be freed.
+                hook = partial(hand_over, mixture, segment, i)
+                leaf.requires_grad_().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def begin_step(self, experts: Sequence[int]) -> None:
@@ -126,6 +122,13 @@ class ExpertStack:
             table.update(zip(ids, leaves, strict=True))
         with StackedParameters(table, order):
             return self.mixture.network(*inputs)
+
+
+def hand_over(mixture: Mixture, segment: Segment, place: int, leaf: Tensor) -> None:
+    """Give a mixture the gradients of one parameter; back-propagation calls it."""
+    assert leaf.grad is not None
+    mixture.collect_stacked(segment, place, leaf.grad)
+    leaf.grad = None
 
 
 class StackedParameters(TorchFunctionMode):
@@ -153,7 +156,7 @@ class StackedParameters(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is F.linear:
             biased = len(args) > 2 and args[2] is not None
-            if len(own) != 1 + biased:
+            if len(own) != 1 + biased or kwargs:
                 raise NotImplementedError("stacked experts need a linear's weight and bias mixed")
             bias = own[1] if biased else None
             return GroupedLinear.apply(args[0], own[0], bias, self.order)  # type: ignore[no-untyped-call]
