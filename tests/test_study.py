@@ -127,11 +127,21 @@ def test_paired_differences_are_those_of_a_paired_t_test():
 
 def test_a_table_holds_every_variant_and_no_baseline_against_itself():
     cells = [
-        {"variant": name, "seed": seed, "loss": loss, "loss_by_interval": [loss, loss / 10]}
+        {
+            "variant": name,
+            "seed": seed,
+            "loss": loss,
+            "loss_by_interval": [loss, loss / 10],
+            "half": {"loss": 1.5 * loss},
+        }
         for name, loss in (("continued", 2.0), ("remix", 1.0))
         for seed in (0, 1)
     ]
-    table = result_table(cells)
+    table = result_table(cells, with_half=True)
+    column = table.header.index("half-way, % of continued")
+    expected = ["+50.00 ± 0.00 (0/2)", "-25.00 ± 0.00 (2/2)"]
+    assert [row[column] for row in table.rows] == expected
+    assert "half-way, % of continued" not in result_table(cells).header
     for name in ("% of continued", "intervals alike, %"):
         column = table.header.index(name)
         assert [row[column] for row in table.rows] == ["", "-50.00 ± 0.00 (2/2)"]

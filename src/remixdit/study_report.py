@@ -74,7 +74,7 @@ def write_study(
     """
     if not results:
         return
-    table = result_table(results)
+    table = result_table(results, with_half=settings.get("lr_schedule") == "constant")
     text = json.dumps({"settings": settings, "cells": results}, indent=1, default=str) + "\n"
     write_file(directory / "results.json", lambda beside: beside.write_text(text, "utf-8"))
     lines = markdown(table)
@@ -112,14 +112,22 @@ def score_of(cell: Result, prefix: str) -> float | None:
     return values[0] if values else None
 
 
-def result_table(results: Sequence[Result]) -> Table:
-    """Return a row for each variant."""
+def result_table(results: Sequence[Result], with_half: bool = False) -> Table:
+    """Return a row for each variant.
+
+    Args:
+        results: Of the finished cells.
+        with_half: Hold what each has half of the way against what the first baseline has at its
+            end; for constant learning rates, as others have not been annealed by then.
+    """
     groups = by_variant(results)
     baselines = [name for name in BASELINES if name in groups]
     first = next((name for name in PREFERRED if name in groups), "")
     kid = any(score_of(cell, "KID") is not None for cell in results)
     header = ["variant", "seeds", "loss x 1e5"]
     header += [f"% of {name}" for name in baselines]
+    halves = baselines[:1] if with_half else []
+    header += [f"half-way, % of {name}" for name in halves]
     header += ["intervals alike, %"] if first in groups else []
     header += ["KID x 1e3"] * kid + ["images", "FLOPs", "images/s"]
     rows: list[list[str | int | float]] = []
@@ -130,6 +138,9 @@ def result_table(results: Sequence[Result]) -> Table:
             "" if name == baseline else as_text(paired(losses(cells), losses(groups[baseline])))
             for baseline in baselines
         ]
+        for baseline in halves:
+            half = {cell["seed"]: cell["half"]["loss"] for cell in cells if "half" in cell}
+            row.append(as_text(paired(half, losses(groups[baseline]))))
         if first in groups:
             row.append("" if name == first else as_text(by_interval(cells, groups[first])))
         if kid:
@@ -143,9 +154,10 @@ def result_table(results: Sequence[Result]) -> Table:
 CAPTION = (
     "Loss: mean over 40 intervals of timesteps of the squared error on held-out images, of the "
     "averaged weights; ± is the standard deviation over seeds. Per cent: the paired difference, "
-    "with its 95 % interval (Student's t over seeds) and the seeds in which it is lower. Intervals "
-    "alike: the same of the geometric mean over the intervals, against stratified (or continued): "
-    "the noisiest have a thousandth of the loss of the least noisy and hardly count in the mean."
+    "with its 95 % interval (Student's t over seeds) and the seeds in which it is lower. Half-way: "
+    "after half of the steps, against the baseline after all of them. Intervals alike: of the "
+    "geometric mean over the intervals, against stratified (or continued): the noisiest have a "
+    "thousandth of the loss of the least noisy and hardly count in the mean."
 )
 
 
