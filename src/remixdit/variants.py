@@ -35,6 +35,7 @@ class Variant:
 
 
 PLAIN = {"num_bases": 1, "num_experts": 1}
+PUBLISHED = {"experts_per_step": 1, "prior_strength": 1e-4, "symmetry": 2.0}
 
 
 def independent(count: int, experts_per_step: int, summary: str) -> Variant:
@@ -65,10 +66,15 @@ VARIANTS = {
         8, 0, "8 independent experts share every batch: each gets 1/8 of its images"
     ),
     "one-hot": Variant("each basis serves N/K intervals alone", {"coefficients": "one_hot"}),
-    "published": Variant(
-        "softmax, one expert a step, the prior from 1e-4 to 0",
-        {"experts_per_step": 1, "prior_strength": 1e-4, "symmetry": 2.0},
-    ),
+    "published": Variant("softmax, one expert a step, the prior from 1e-4 to 0", PUBLISHED),
+    **{
+        f"published-lr-{factor:g}": Variant(
+            f"the published recipe at {factor:g} of the learning rate",
+            PUBLISHED,
+            learning_rate_factor=factor,
+        )
+        for factor in (0.25, 0.0625)
+    },
     "raw": Variant("free coefficients", {"coefficients": "raw"}),
     "per-block": Variant("a table of coefficients for each block", {"per_block": True}),
     "remix": Variant("softmax, all N experts share every batch: the default"),
@@ -145,7 +151,10 @@ STUDIES = {
     "symmetry": (START, "stratified", *named("symmetry-", "noise-", "coefficients-lr"), "remix"),
     "intervals": (START, "stratified", "log-snr", "remix"),
     "ema": (START, "stratified", *named("ema-"), "remix"),
-    "learning-rate": (START, "stratified", *named("stratified-lr-", "lr-"), "remix"),
+    "learning-rate": (
+        *(START, "stratified", *named("stratified-lr-"), "published"),
+        *(*named("published-lr-", "lr-"), "remix"),
+    ),
 }
 
 
