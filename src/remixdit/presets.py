@@ -113,11 +113,9 @@ PRESETS = {
         {
             "network": SMALL,
             "objective": ObjectiveConfig(mirror=True),
-            "optimizer": OptimizerConfig(
-                learning_rate=4e-4, warmup_steps=100, lr_schedule="cosine", ema_decay=0.99
-            ),
-            "steps": 2000,
-            "batch_size": 128,
+            "optimizer": OptimizerConfig(learning_rate=8e-4, warmup_steps=100, ema_decay=0.995),
+            "steps": 1200,
+            "batch_size": 240,  # a multiple of the 20 experts
             "precision": "bf16",
         },
     ),
