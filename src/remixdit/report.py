@@ -29,6 +29,7 @@ figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; background: #fff; }
 figcaption, caption { font-size: 0.9rem; opacity: 0.8; text-align: left; margin: 0.3rem 0; }
 .wide { overflow-x: auto; }
+caption { max-width: min(60rem, 92vw); }  /* of the page, not of a table that is wider */
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.35rem 0.9rem; border-bottom: 1px solid var(--line); text-align: left; }
 th { border-bottom-width: 2px; }
