@@ -207,6 +207,15 @@ def test_folder_and_npz_hold_the_same_images(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["", "--precompute"])
+def test_a_compiled_network_draws_the_same_images(way, run, tmp_path):
+    remixdit(sample(run, f"{tmp_path}/eager.npz"))
+    remixdit(sample(run, f"{tmp_path}/compiled.npz", f"--compile {way}"))
+    eager, compiled = (drawn(tmp_path / f"{name}.npz")[0] for name in ("eager", "compiled"))
+    np.testing.assert_allclose(compiled.astype(int), eager.astype(int), atol=1)
+
+
+@pytest.mark.slow
 def test_two_processes_draw_the_same_images(run, tmp_path, capsys):
     remixdit(sample(run, f"{tmp_path}/one/", "--batch-size 2"))
     line = sample(run, f"{tmp_path}/two/", "--batch-size 2")

@@ -37,6 +37,8 @@ class SampleArguments(SamplingConfig):
     """auto, cpu or cuda."""
     precision: str = "fp32"
     """fp32 or bf16."""
+    compile: bool = False
+    """Compile the network, once for all experts: slow to start, then faster."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -66,6 +68,8 @@ def draw(arguments: SampleArguments) -> None:
     config = sampling_config(arguments, model)
     class_labels = labels_of(model, config).tolist()
     model.mixture.cast_network(PRECISIONS[arguments.precision])
+    if arguments.compile:
+        model.network.compile()
     autoencoder = load_autoencoder(model.config.autoencoder)
     channels = model.config.network.in_channels
     if isinstance(autoencoder, Pixels) and channels not in (1, 3):
