@@ -156,7 +156,7 @@ def test_a_step_reduces_the_gradients_of_one_network_for_each_of_min_m_k(data, t
         "two": ("--num-bases 4 --experts-per-step 2 --micro-batch-size 4", 2),
         "four": ("--num-bases 2", 2),
         "four in turn": ("--num-bases 2 --micro-batch-size 4", 2),
-        "raw": ("--num-bases 2 --coefficients raw", 4),  # see Mixture.begin_stacked_step
+        "raw": ("--num-bases 2 --coefficients raw", 4),  # see StepGradients.begin_stacked_step
     }
     for name, (options, factor) in ways.items():
         extra = reduced_bytes(f"{line} {options}", tmp_path / name.replace(" ", "-"))

@@ -7,6 +7,7 @@ from torch import nn
 from remixdit.coefficients import initial_table, prior_bases
 from remixdit.mixing import Mixture
 from remixdit.optim import MixtureAdamW, OptimizerConfig
+from remixdit.step_gradients import StepGradients
 from tests.conftest import batch, published_mixture, tiny_dit
 
 
@@ -78,10 +79,10 @@ def test_the_storage_of_the_parameters_never_moves():
     optimizer = MixtureAdamW(mixture, OptimizerConfig())
     addresses = [parameter.data_ptr() for parameter in mixture.network.parameters()]
     for step, expert in enumerate((0, 3, 1)):
-        mixture.begin_step()
-        mixture.begin_expert(expert)
+        optimizer.gradients.begin_step()
+        optimizer.gradients.begin_expert(expert)
         torch.autograd.backward(mixture.network(*batch(mixture.network)).sum())
-        mixture.collect()
+        optimizer.gradients.collect()
         optimizer.step(step, 3)
         with optimizer.averaged():
             mixture.activate(2)
@@ -98,10 +99,10 @@ def test_the_storage_of_the_parameters_never_moves():
 def test_averages_are_swapped_in_and_out_without_a_trace():
     mixture = random_mixture()
     optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=0.1))
-    mixture.begin_step()
-    mixture.begin_expert(0)
+    optimizer.gradients.begin_step()
+    optimizer.gradients.begin_expert(0)
     torch.autograd.backward(mixture.network(*batch(mixture.network)).sum())
-    mixture.collect()
+    optimizer.gradients.collect()
     optimizer.step(0, 1)
     before = {name: values.clone() for name, values in mixture.state_dict().items()}
     with optimizer.averaged():
@@ -135,12 +136,12 @@ def test_equal_bases_give_the_coefficients_no_task_gradient_and_the_start_breaks
         mixture = Mixture(network, 2, 4, symmetry=symmetry)
         optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=1e-2, max_grad_norm=0))
         for step in range(4):
-            mixture.begin_step(2)
+            optimizer.gradients.begin_step(2)
             for expert in (step % 2, 2 + step % 2):
-                mixture.begin_expert(expert)
+                optimizer.gradients.begin_expert(expert)
                 inputs = batch(network, seed=expert)
                 torch.autograd.backward(network(*inputs).square().mean() * (1 + expert))
-                mixture.collect()
+                optimizer.gradients.collect()
             if step == 0:
                 grads = optimizer._logits_grads(torch.ones(()), 0.0)[0]
                 assert grads.abs().max() < 1e-6
@@ -156,10 +157,10 @@ def test_one_hot_experts_do_not_move_unless_they_are_drawn():
     optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=1e-2))
     for step, expert in enumerate((0, 1, 1)):
         before = {name: values.clone() for name, values in mixture.bases().items()}
-        mixture.begin_step()
-        mixture.begin_expert(expert)
+        optimizer.gradients.begin_step()
+        optimizer.gradients.begin_expert(expert)
         torch.autograd.backward(mixture.network(*batch(mixture.network)).square().sum())
-        mixture.collect()
+        optimizer.gradients.collect()
         optimizer.step(step, 3)
         for name, values in mixture.bases().items():
             moved = [not torch.equal(values[k], before[name][k]) for k in range(3)]
@@ -178,11 +179,11 @@ def test_an_independent_expert_trains_as_if_it_were_alone():
         if step % 2 == 1:
             runs.append((alone, single, 0, step // 2))
         for target, optimizer, expert, count in runs:
-            target.begin_step()
-            target.begin_expert(expert)
+            optimizer.gradients.begin_step()
+            optimizer.gradients.begin_expert(expert)
             inputs = batch(target.network, seed=step)
             torch.autograd.backward(target.network(*inputs).square().mean())
-            target.collect()
+            optimizer.gradients.collect()
             optimizer.step(count, 6)
     mixture.activate(1)
     for ours, expected in zip(
@@ -197,13 +198,13 @@ def test_rounds_of_accumulation_equal_one_batch():
         # Adam would make a rounding error of a tiny gradient as large as the gradient.
         optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=1e-2, eps=1e-3))
         latents, timesteps, class_labels = batch(mixture.network, 6)
-        mixture.begin_step(2, rounds)
+        optimizer.gradients.begin_step(2, rounds)
         for expert in (1, 3):
-            mixture.begin_expert(expert)
+            optimizer.gradients.begin_expert(expert)
             for rows in torch.arange(6).split(6 // rounds):
                 output = mixture.network(latents[rows], timesteps[rows], class_labels[rows])
                 torch.autograd.backward(output.square().sum() / 6)
-                mixture.collect()
+                optimizer.gradients.collect()
         optimizer.step(0, 1)
     for name, values in parts.state_dict().items():
         torch.testing.assert_close(values, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -214,12 +215,13 @@ def test_the_number_of_experts_may_change_from_step_to_step():
     found = []
     for before in ((), (0, 1, 2)):
         mixture = random_mixture()
+        gradients = StepGradients(mixture)
         for experts in filter(None, (before, (0, 1, 2, 3, 4))):
-            mixture.begin_step(len(experts))
+            gradients.begin_step(len(experts))
             for expert in experts:
-                mixture.begin_expert(expert)
+                gradients.begin_expert(expert)
                 torch.autograd.backward(mixture.network(*batch(mixture.network)).square().mean())
-                mixture.collect()
+                gradients.collect()
         found.append(next(s for s in mixture.segments if s.is_mixed).grads.clone())
     assert torch.equal(*found)
 
@@ -231,20 +233,21 @@ def test_a_bfloat16_network_has_float32_bases_and_nearly_the_same_gradients(expe
     for dtype in (torch.float32, torch.bfloat16):
         mixture = random_mixture()
         mixture.cast_network(dtype)
-        mixture.begin_step(len(experts), rounds)
+        gradients = StepGradients(mixture)
+        gradients.begin_step(len(experts), rounds)
         for expert in experts:
-            mixture.begin_expert(expert)
+            gradients.begin_expert(expert)
             for part in range(rounds):
                 output = mixture.network(*batch(mixture.network, seed=part))
                 torch.autograd.backward(output.square().mean())
-                mixture.collect()
+                gradients.collect()
         assert all(segment.bases.dtype == torch.float32 for segment in mixture.segments)
         assert mixture.network.blocks[0].mlp.fc1.weight.dtype == dtype
         assert mixture.network.final_layer.linear.weight.dtype == torch.float32
         segment = next(s for s in mixture.segments if s.is_mixed)
-        weights = mixture.basis_weights(segment)
+        weights = gradients.basis_weights(segment)
         grads.append(weights.t() @ segment.grads.float())
-        dots = torch.stack([values for _, values in mixture.coefficient_grads()])
+        dots = torch.stack([values for _, values in gradients.coefficient_grads()])
         grads.append(dots)
     assert (grads[2] - grads[0]).norm() < 5e-2 * grads[0].norm()
     assert (grads[3] - grads[1]).norm() < 5e-2 * grads[1].norm()
@@ -272,10 +275,10 @@ def test_any_module_can_be_remixed():
     mixture = Mixture(network, 2, 4, mixed="all")
     mixture.perturb(0.5, torch.Generator().manual_seed(0))
     optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=0.1))
-    mixture.begin_step()
-    mixture.begin_expert(3)
+    optimizer.gradients.begin_step()
+    optimizer.gradients.begin_expert(3)
     torch.autograd.backward(network(torch.randn(8, 4)).square().sum())
-    mixture.collect()
+    optimizer.gradients.collect()
     kept = mixture.bases()["unused"].clone()
     optimizer.step(0, 1)
     assert network.second.weight is network.first.weight
@@ -360,12 +363,12 @@ def test_a_gradient_that_is_not_finite_counts_as_zero():
         mixture = random_mixture()
         optimizer = MixtureAdamW(mixture, OptimizerConfig())
         before = {name: values.clone() for name, values in mixture.state_dict().items()}
-        mixture.begin_step(len(experts))
+        optimizer.gradients.begin_step(len(experts))
         for expert in experts:
-            mixture.begin_expert(expert)
+            optimizer.gradients.begin_expert(expert)
             output = mixture.network(*batch(mixture.network))
             torch.autograd.backward(output.sum() * float("nan"))
-            mixture.collect()
+            optimizer.gradients.collect()
         stats = optimizer.step(0, 1)
         assert not stats.grad_norm.isfinite()
         for name, values in mixture.state_dict().items():
@@ -398,12 +401,12 @@ def test_all_experts_run_one_compiled_graph():
         mixture, OptimizerConfig(learning_rate=0.0, coefficients_learning_rate=0.0)
     )
     for expert in range(5):
-        mixture.begin_step()
-        mixture.begin_expert(expert)
+        optimizer.gradients.begin_step()
+        optimizer.gradients.begin_expert(expert)
         output = mixture.network(*batch(mixture.network))
         torch.testing.assert_close(output.detach(), expected[expert])
         torch.autograd.backward(output.sum())
-        mixture.collect()
+        optimizer.gradients.collect()
         optimizer.step(expert, 5)
     assert graphs.frame_count == 1
 

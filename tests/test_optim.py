@@ -36,12 +36,12 @@ def test_training_equals_the_published_training(given, settings):
         latents, noise = given["train.x_start"][step], given["train.noise"][step]
         timesteps = given["train.timesteps"][step]
         noisy = diffusion.add_noise(latents, noise, timesteps)
-        mixture.begin_step()
-        mixture.begin_expert(int(given["train.experts"][step]))
+        optimizer.gradients.begin_step()
+        optimizer.gradients.begin_expert(int(given["train.experts"][step]))
         output = mixture.network(noisy, timesteps, given["train.class_labels"][step])
         loss = diffusion.loss(output, latents, noise, timesteps).total.mean()
         torch.autograd.backward(loss)
-        mixture.collect()
+        optimizer.gradients.collect()
         optimizer.step(step, train["steps"], train["prior_strength"])
         losses.append(loss.detach())
 
@@ -81,10 +81,10 @@ def test_one_basis_is_plain_training_bit_for_bit(mixed, max_grad_norm):
     for step in range(5):
         reference.zero_grad()
         torch.autograd.backward(toy_loss(plain, step))
-        mixture.begin_step()
-        mixture.begin_expert(0)
+        optimizer.gradients.begin_step()
+        optimizer.gradients.begin_expert(0)
         torch.autograd.backward(toy_loss(remixed, step))
-        mixture.collect()
+        optimizer.gradients.collect()
         if max_grad_norm:
             # torch's clipping sums norms of parameters, ours all squares: equal but for rounding,
             # so the same number is given to both.
@@ -153,11 +153,11 @@ def test_the_fused_step_equals_adamw_on_explicit_gradients(kind, per_block, mixe
     for step in range(3):
         explicit_gradients(mixture, leaves, experts, losses_of)
         reference.step()
-        mixture.begin_step(len(experts))
+        optimizer.gradients.begin_step(len(experts))
         for m, expert in enumerate(experts):
-            mixture.begin_expert(expert)
+            optimizer.gradients.begin_expert(expert)
             torch.autograd.backward(losses_of(m, network))
-            mixture.collect()
+            optimizer.gradients.collect()
         optimizer.step(step, 3)
         for name, value in averages.items():
             value.lerp_(leaves[name].detach(), config.ema_weight(step))
@@ -216,10 +216,10 @@ def test_reading_the_average_early_does_not_change_it():
         mixture = Mixture(tiny_dit(), 2, 3)
         optimizer = MixtureAdamW(mixture, OptimizerConfig(learning_rate=1e-2))
         for step in range(4):
-            mixture.begin_step()
-            mixture.begin_expert(step % 3)
+            optimizer.gradients.begin_step()
+            optimizer.gradients.begin_expert(step % 3)
             torch.autograd.backward(toy_loss(mixture.network, step))
-            mixture.collect()
+            optimizer.gradients.collect()
             optimizer.step(step, 4)
             if look:
                 assert len(optimizer.ema) == len(mixture.segments) + 1

@@ -8,6 +8,7 @@ import torch
 from remixdit.dit import DiT
 from remixdit.mixing import Mixture
 from remixdit.run import read_metrics
+from remixdit.step_gradients import StepGradients
 from tests.command_line import remixdit, write_npz
 from tests.conftest import batch, tiny_dit
 from tests.test_distributed import assert_close_runs
@@ -36,17 +37,18 @@ def saved_bytes(network: DiT) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def gradients(network: DiT, experts: tuple[int, ...], rounds: int) -> list[torch.Tensor]:
+def collected(network: DiT, experts: tuple[int, ...], rounds: int) -> list[torch.Tensor]:
     """Return the gradients that a mixture of the network collects in a step."""
     mixture = Mixture(network, 3, 5)
     mixture.perturb(0.5, torch.Generator().manual_seed(0))
-    mixture.begin_step(len(experts), rounds)
+    gradients = StepGradients(mixture)
+    gradients.begin_step(len(experts), rounds)
     for expert in experts:
-        mixture.begin_expert(expert)
+        gradients.begin_expert(expert)
         for seed in range(rounds):
             torch.autograd.backward(network(*batch(network, seed=seed)).square().mean())
-            mixture.collect()
-    dots = [values for _, values in mixture.coefficient_grads()]
+            gradients.collect()
+    dots = [values for _, values in gradients.coefficient_grads()]
     return [segment.grads for segment in mixture.segments] + dots
 
 
@@ -61,7 +63,7 @@ def test_gradients_are_the_same_bit_for_bit(experts, rounds, dtype):
         network.blocks.to(dtype)
         network.x_embedder.to(dtype)
         network.recompute = recompute
-        found.append(gradients(network, experts, rounds))
+        found.append(collected(network, experts, rounds))
     for kept, again in zip(*found, strict=True):
         assert torch.equal(kept, again)
     assert all(values.abs().max() > 0 for values in found[0])
@@ -74,7 +76,7 @@ def test_gradients_are_the_same_compiled():
         network = tiny_dit()
         network.recompute = recompute
         network.compile(backend="aot_eager")
-        found.append(gradients(network, (0, 4), 2))
+        found.append(collected(network, (0, 4), 2))
     for kept, again in zip(*found, strict=True):
         torch.testing.assert_close(kept, again)
 

@@ -13,6 +13,7 @@ from remixdit.model import RemixDiT
 from remixdit.optim import MixtureAdamW, OptimizerConfig
 from remixdit.stacking import ExpertStack, Order
 from remixdit.start import training_strata
+from remixdit.step_gradients import StepGradients
 from remixdit.train_config import MixtureConfig, ObjectiveConfig, TrainConfig
 from remixdit.train_step import Window, plan_step, step_inputs, train_step
 from tests.conftest import tiny_dit
@@ -45,15 +46,16 @@ def step_grads(model, batch, config, *, stacked=False, micro_batch_size=0, ranks
     strata = training_strata(model, config)
     plan = plan_step(strata, config.strata_per_step, config.batch_size, 0, 3)
     window = Window(strata.num_experts, torch.device("cpu"))
-    stack = ExpertStack(model.mixture, config.strata_per_step) if stacked else None
+    gradients = StepGradients(model.mixture)
+    stack = ExpertStack(gradients, config.strata_per_step) if stacked else None
     sums: list[torch.Tensor] = []
     for rank in range(ranks):
         inputs = step_inputs(model, share(batch, rank, ranks), plan, config)
-        train_step(model, inputs, plan, window, stack, micro_batch_size)
+        train_step(model, gradients, inputs, plan, window, stack, micro_batch_size)
         grads = []
         for segment in model.mixture.segments:
-            grads.append(model.mixture.basis_weights(segment).t() @ segment.grads)
-        grads += [dots for _, dots in model.mixture.coefficient_grads()]
+            grads.append(gradients.basis_weights(segment).t() @ segment.grads)
+        grads += [dots for _, dots in gradients.coefficient_grads()]
         sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else grads
     return sums, window
 
@@ -98,20 +100,22 @@ def test_a_stacked_bfloat16_step_is_near_the_float32_one():
     window = Window(5, torch.device("cpu"))
     plan = plan_step(model.intervals, 5, 12, 0, 3)
     inputs = step_inputs(model, images(12), plan, config)
-    train_step(model, inputs, plan, window, ExpertStack(model.mixture, 5))
+    gradients = StepGradients(model.mixture)
+    train_step(model, gradients, inputs, plan, window, ExpertStack(gradients, 5))
     for segment, theirs in zip(model.mixture.segments, expected, strict=False):
-        ours = model.mixture.basis_weights(segment).t() @ segment.grads.float()
+        ours = gradients.basis_weights(segment).t() @ segment.grads.float()
         assert (ours - theirs).norm() < 5e-2 * theirs.norm()
 
 
 def test_a_parameter_without_gradient_in_a_stacked_step_has_one_of_0():
     model = tiny_model()
+    gradients = StepGradients(model.mixture)
     segment = next(s for s in model.mixture.segments if s.is_mixed)
     for places in (range(len(segment.shapes)), [0]):  # the second step finds what the first left
-        model.mixture.begin_stacked_step(range(5))
+        gradients.begin_stacked_step(range(5))
         for place in places:
             grads = torch.ones(5, *segment.shapes[place])
-            model.mixture.collect_stacked(segment, place, grads)
+            gradients.collect_stacked(segment, place, grads)
         segment.clear_rest()
     first, *others = (segment.part(segment.grads, place) for place in range(len(segment.shapes)))
     assert first.all()
@@ -120,7 +124,7 @@ def test_a_parameter_without_gradient_in_a_stacked_step_has_one_of_0():
 
 def test_a_stack_is_freed_with_its_mixture():
     model = tiny_model()
-    stack = ExpertStack(model.mixture, 5)
+    stack = ExpertStack(StepGradients(model.mixture), 5)
     alive = [weakref.ref(values) for values in (stack.leaves[0][0], model.mixture)]
     del stack, model
     gc.collect()
@@ -133,11 +137,12 @@ def test_what_trains_is_what_is_kept(stacked):
     model, config = tiny_model(), config_for()
     optimizer = MixtureAdamW(model.mixture, OptimizerConfig(learning_rate=0.1))
     model.mixture.cast_network(torch.bfloat16)
-    stack = ExpertStack(model.mixture, 5) if stacked else None
+    stack = ExpertStack(optimizer.gradients, 5) if stacked else None
     for step in range(3):
         plan = plan_step(model.intervals, 5, 12, 0, step)
         window = Window(5, torch.device("cpu"))
-        train_step(model, step_inputs(model, images(12), plan, config), plan, window, stack)
+        inputs = step_inputs(model, images(12), plan, config)
+        train_step(model, optimizer.gradients, inputs, plan, window, stack)
         for segment in model.mixture.segments:
             if not segment.is_mixed:
                 assert torch.equal(segment.weights, segment.bases[0].to(segment.weights.dtype))
@@ -180,9 +185,11 @@ def test_a_plain_dit_can_spread_its_batch_over_intervals():
     assert plan.strata == tuple(range(8))
     assert strata.expert_at(plan.timesteps).bincount().tolist() == [2] * 8
     window = Window(8, torch.device("cpu"))
-    train_step(model, step_inputs(model, images(16), plan, config), plan, window)
+    optimizer = MixtureAdamW(model.mixture, OptimizerConfig())
+    inputs = step_inputs(model, images(16), plan, config)
+    train_step(model, optimizer.gradients, inputs, plan, window)
     assert window.losses[2].tolist() == [2] * 8
-    MixtureAdamW(model.mixture, OptimizerConfig()).step(0, 1)
+    optimizer.step(0, 1)
 
 
 def test_labels_are_dropped_at_the_asked_rate_and_by_seed():

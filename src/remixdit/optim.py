@@ -29,6 +29,7 @@ from remixdit import kernels
 from remixdit.mixing import Mixture
 from remixdit.segments import Segment
 from remixdit.sharding import total_of
+from remixdit.step_gradients import StepGradients
 
 __all__ = ["MixtureAdamW", "OptimizerConfig", "StepStats"]
 
@@ -103,7 +104,7 @@ class StepStats(NamedTuple):
 
 
 class MixtureAdamW:
-    """The optimizer of a mixture: its state, and one step of it.
+    """The optimizer of a mixture: its state, the gradients of a step, and the step.
 
     Args:
         mixture: Its bases, shared parameters and logits are updated in place.
@@ -116,6 +117,7 @@ class MixtureAdamW:
         self, mixture: Mixture, config: OptimizerConfig, compile: bool | None = None
     ) -> None:
         self.mixture, self.config = mixture, config
+        self.gradients = StepGradients(mixture)
         masters = [segment.bases for segment in mixture.segments]
         masters.append(mixture.logits.detach().view(1, -1))
         self.exp_avg = [torch.zeros_like(values) for values in masters]
@@ -129,7 +131,7 @@ class MixtureAdamW:
         self.basis_steps = [0] * mixture.num_bases
 
     def step(self, step: int, total_steps: int, prior_strength: float = 0.0) -> StepStats:
-        """Update all weights from the gradients that the mixture collected.
+        """Update all weights from what `gradients` has collected.
 
         A gradient that is not finite counts as zero. Scaled down by clipping are the plain
         gradients and, with them, the task gradient of the logits.
@@ -224,7 +226,7 @@ class MixtureAdamW:
         task = prior = torch.zeros_like(mixture.logits)
         if not mixture.learns_coefficients:
             return task, prior
-        grads = mixture.coefficient_grads()
+        grads = self.gradients.coefficient_grads()
         coefficients = torch.stack([mixture.coefficients(expert) for expert, _ in grads])
         dots = torch.stack([values for _, values in grads])
         dots = torch.where(scale > 0, dots * scale, 0.0)
@@ -240,7 +242,9 @@ class MixtureAdamW:
         if mixture.kind != "one_hot":
             return list(range(mixture.num_bases))
         coefficients = mixture.coefficients().detach()[0]  # (N, K)
-        return sorted({int(coefficients[expert].argmax()) for expert in mixture.drawn_experts})
+        return sorted(
+            {int(coefficients[expert].argmax()) for expert in self.gradients.drawn_experts}
+        )
 
     def _update_segment(
         self, i: int, segment: Segment, scale: Tensor, step: int, lr_factor: float
@@ -250,7 +254,7 @@ class MixtureAdamW:
         if not segment.is_mixed and config.shared_learning_rate is not None:
             lr = config.shared_learning_rate
         rates = (lr * lr_factor, config.weight_decay)
-        weights = self.mixture.basis_weights(segment) * scale
+        weights = self.gradients.basis_weights(segment) * scale
         assert segment.grads is not None
         if not segment.is_mixed or self.mixture.kind != "one_hot":
             self._update(i, segment.grads, weights, step, rates)

@@ -26,6 +26,7 @@ from remixdit.optim import MixtureAdamW
 from remixdit.segments import Segment
 from remixdit.sharding import Shard
 from remixdit.stacking import ExpertStack, stacks
+from remixdit.step_gradients import StepGradients
 from remixdit.train_config import PRECISIONS, TrainConfig
 
 __all__ = ["H100", "Hardware", "StepCost", "step_cost", "step_seconds"]
@@ -137,11 +138,11 @@ def step_cost(config: TrainConfig, num_ranks: int = 1) -> StepCost:
     at_once = images if stacked else -(-images // experts)
     passes = 1 if stacked else -(-at_once // (config.micro_batch_size or at_once))
     at_once = -(-at_once // passes)
-    kept |= gradient_bytes(mixture, experts, passes, stacked)
+    kept |= gradient_bytes(optimizer.gradients, experts, passes, stacked)
     moved = moved_bytes(mixture, experts, passes, stacked)
     reduced = sharding.reduced_bytes if sharding is not None else 0
     if sharding is None and num_ranks > 1:
-        reduced = sum(values.nbytes for values in mixture.to_reduce())
+        reduced = sum(values.nbytes for values in optimizer.gradients.to_reduce())
     return StepCost(
         num_ranks=num_ranks,
         group_size=size,
@@ -186,22 +187,25 @@ def kept_bytes(mixture: Mixture, optimizer: MixtureAdamW) -> dict[str, int]:
     }
 
 
-def gradient_bytes(mixture: Mixture, experts: int, passes: int, stacked: bool) -> dict[str, int]:
-    """Let the mixture take in the gradients of a step; return the memory of that."""
+def gradient_bytes(
+    gradients: StepGradients, experts: int, passes: int, stacked: bool
+) -> dict[str, int]:
+    """Let the gradients of a step be taken in; return the memory of that."""
+    mixture = gradients.mixture
     if stacked:
-        stack = ExpertStack(mixture, experts)
+        stack = ExpertStack(gradients, experts)
         stack.begin_step(range(experts))
         grads = arrays_of_grads(mixture)
-        mixture.slice_grads()
+        gradients.slice_grads()
         grads |= arrays_of_grads(mixture)
         leaves = {storage_of(leaf): leaf for leaves in stack.leaves for leaf in leaves}
         return {"gradients": stored(grads.values()), "stack": stored(leaves.values())}
-    mixture.begin_step(experts, passes)
+    gradients.begin_step(experts, passes)
     for expert in range(experts):
-        mixture.begin_expert(expert)
+        gradients.begin_expert(expert)
         for _ in range(passes):
-            mixture.collect()
-    mixture.slice_grads()
+            gradients.collect()
+    gradients.slice_grads()
     return {"gradients": stored(arrays_of_grads(mixture).values()), "stack": 0}
 
 

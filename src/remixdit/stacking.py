@@ -12,8 +12,8 @@ one process, with t tokens an image:
     experts   0 ... r - 1 with e + 1 images each;     r ... M - 1 with e
     products  (r, (e + 1) t, in) @ (r, in, out);      (M - r, e t, in) @ (M - r, in, out)
 
-On the way back the M gradients of a parameter are handed to the mixture as soon as they are there,
-while the cache holds them: it makes gradients of K bases of them, and they are gone.
+On the way back the M gradients of a parameter are handed to `StepGradients` as soon as they are
+there, while the cache holds them: it folds them into those of K bases, and they are gone.
 
 It costs the memory of M networks: the largest take their experts in turn.
 
@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from remixdit.mixing import Mixture
 from remixdit.segments import Segment
+from remixdit.step_gradients import StepGradients
 
 __all__ = ["ExpertStack", "Order", "stacks"]
 
@@ -88,26 +89,26 @@ class ExpertStack:
     """The weights of the M experts of a step.
 
     Args:
-        mixture: Takes in the gradients.
+        gradients: Take in those of the mixture.
         experts_per_step: M.
     """
 
-    def __init__(self, mixture: Mixture, experts_per_step: int) -> None:
-        self.mixture, self.experts_per_step = mixture, experts_per_step
-        self.mixed = [segment for segment in mixture.segments if segment.is_mixed]
+    def __init__(self, gradients: StepGradients, experts_per_step: int) -> None:
+        self.gradients, self.experts_per_step = gradients, experts_per_step
+        self.mixed = [segment for segment in gradients.segments if segment.is_mixed]
         self.leaves = [segment.stacked(experts_per_step) for segment in self.mixed]
         for segment, leaves in zip(self.mixed, self.leaves, strict=True):
             for i, leaf in enumerate(leaves):
                 # The hook must not know the stack: such a cycle would never be freed.
-                hook = partial(hand_over, mixture, segment, i)
+                hook = partial(hand_over, gradients, segment, i)
                 leaf.requires_grad_().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def begin_step(self, experts: Sequence[int]) -> None:
         """Mix the M experts and make ready for their gradients."""
-        self.mixture.begin_stacked_step(experts)
+        self.gradients.begin_stacked_step(experts)
         for segment, leaves in zip(self.mixed, self.leaves, strict=True):
-            segment.mix_rows(self.mixture.expert_rows(segment), leaves)
+            segment.mix_rows(self.gradients.expert_rows(segment), leaves)
 
     def end_step(self) -> None:
         """Complete the gradients, when back-propagation has ended."""
@@ -121,13 +122,13 @@ class ExpertStack:
             ids = (id(parameter) for parameter in segment.parameters)
             table.update(zip(ids, leaves, strict=True))
         with StackedParameters(table, order):
-            return self.mixture.network(*inputs)
+            return self.gradients.mixture.network(*inputs)
 
 
-def hand_over(mixture: Mixture, segment: Segment, place: int, leaf: Tensor) -> None:
-    """Give a mixture the gradients of one parameter; back-propagation calls it."""
+def hand_over(gradients: StepGradients, segment: Segment, place: int, leaf: Tensor) -> None:
+    """Pass the gradients of one parameter on; back-propagation calls it."""
     assert leaf.grad is not None
-    mixture.collect_stacked(segment, place, leaf.grad)
+    gradients.collect_stacked(segment, place, leaf.grad)
     leaf.grad = None
 
 

@@ -20,6 +20,7 @@ from remixdit.model import RemixDiT
 from remixdit.optim import StepStats
 from remixdit.seeds import generator_for
 from remixdit.stacking import ExpertStack, Order
+from remixdit.step_gradients import StepGradients
 from remixdit.train_config import TrainConfig
 
 __all__ = ["Inputs", "StepPlan", "Window", "plan_step", "step_inputs", "train_step"]
@@ -149,16 +150,18 @@ def step_inputs(model: RemixDiT, batch: Batch, plan: StepPlan, config: TrainConf
 
 def train_step(
     model: RemixDiT,
+    gradients: StepGradients,
     inputs: Inputs,
     plan: StepPlan,
     window: Window,
     stack: ExpertStack | None = None,
     micro_batch_size: int = 0,
 ) -> None:
-    """Run and back-propagate one process's share of a step; the mixture takes in the gradients.
+    """Run and back-propagate one process's share of a step.
 
     Args:
-        model: Its mixture.
+        model: To train.
+        gradients: Take in those of its mixture.
         inputs: b images.
         plan: Of the step.
         window: Takes in the losses.
@@ -173,9 +176,9 @@ def train_step(
     largest = -(-len(inputs.latents) // len(experts))
     micro = micro_batch_size or largest
     rounds = -(-largest // micro)
-    model.mixture.begin_step(len(experts), rounds)
+    gradients.begin_step(len(experts), rounds)
     for group, expert in enumerate(experts):
-        model.mixture.begin_expert(expert)
+        gradients.begin_expert(expert)
         places = group_rows(group, len(experts), inputs)
         parts = torch.split(places, micro) if len(places) else ()
         for part in parts:
@@ -184,9 +187,9 @@ def train_step(
             noisy = model.process.add_noise(own.latents, own.noise, own.timesteps)
             output = model.network(noisy, timesteps, own.class_labels)
             back_propagate(model, output, own, window)
-            model.mixture.collect()
+            gradients.collect()
         for _ in range(rounds - len(parts)):  # every process collects as often as the others
-            model.mixture.collect()
+            gradients.collect()
 
 
 def stacked_pass(

@@ -95,7 +95,7 @@ class Training:
         self.stack: ExpertStack | None = None
         experts = config.strata_per_step if self.model.num_experts > 1 else 1
         if not config.takes_turns and stacks(self.model.mixture, experts):
-            self.stack = ExpertStack(self.model.mixture, experts)
+            self.stack = ExpertStack(self.optimizer.gradients, experts)
         self.step = 0
         self.reduced_bytes = 0  # of gradients, in the last step
         self.window = self._new_window()
@@ -113,7 +113,8 @@ class Training:
             self.strata, config.strata_per_step, config.batch_size, config.seed, self.step
         )
         inputs = step_inputs(self.model, batch, plan, config)
-        train_step(self.model, inputs, plan, self.window, self.stack, config.micro_batch_size)
+        gradients, micro = self.optimizer.gradients, config.micro_batch_size
+        train_step(self.model, gradients, inputs, plan, self.window, self.stack, micro)
         self._reduce()
         strength = config.mixture.prior_at(self.step, config.steps)
         self.window.add_stats(self.optimizer.step(self.step, config.steps, strength))
@@ -122,12 +123,12 @@ class Training:
 
     def _reduce(self) -> None:
         """Sum the gradients of all processes, or this process's slice of them."""
-        mixture = self.model.mixture
-        if mixture.sharding is not None:
-            mixture.slice_grads()
-            self.reduced_bytes, mixture.sharding.reduced_bytes = mixture.sharding.reduced_bytes, 0
+        gradients, sharding = self.optimizer.gradients, self.model.mixture.sharding
+        if sharding is not None:
+            gradients.slice_grads()
+            self.reduced_bytes, sharding.reduced_bytes = sharding.reduced_bytes, 0
         elif self.ranks.num_ranks > 1:
-            self.reduced_bytes = distributed.all_reduce(mixture.to_reduce())
+            self.reduced_bytes = distributed.all_reduce(gradients.to_reduce())
 
     def metrics(self) -> dict[str, Any]:
         """Return a line of metrics, and begin the next.

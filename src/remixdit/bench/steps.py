@@ -136,12 +136,13 @@ def our_step(config: BenchConfig, run: TrainConfig, device: torch.device) -> Ste
     if config.compile_network:
         model.network.compile()
     stacked = not run.takes_turns and stacks(model.mixture, count)
-    stack = ExpertStack(model.mixture, count) if stacked else None
+    stack = ExpertStack(optimizer.gradients, count) if stacked else None
     batch, window = images(config), Window(num_experts, device)
 
     def step(index: int) -> None:
         plan = plan_step(model.intervals, count, config.batch_size, config.seed, index)
-        train_step(model, step_inputs(model, batch, plan, run), plan, window, stack)
+        inputs = step_inputs(model, batch, plan, run)
+        train_step(model, optimizer.gradients, inputs, plan, window, stack)
         window.add_stats(optimizer.step(index, 1000))
 
     return step
