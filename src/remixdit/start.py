@@ -94,10 +94,7 @@ def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
     """Return the intervals that timesteps are drawn in: the experts', or a plain DiT's strata."""
     intervals, strata = model.intervals, config.objective.timestep_strata
     if model.num_experts == 1 and strata > 1:
-        if intervals.is_continuous:
-            intervals = Intervals.continuous(strata)
-        else:
-            intervals = Intervals.uniform(strata, model.config.num_train_timesteps)
+        intervals = cut_intervals(model.config, strata, config.mixture.intervals)
     if config.objective.logit_normal:
         intervals = replace(intervals, distribution=LogitNormal())
     return intervals
@@ -159,15 +156,26 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
     )
     if mixture.intervals == "uniform":
         return target
-    return replace(target, boundaries=log_snr_intervals(target).boundaries)
+    cut = cut_intervals(target, mixture.num_experts, mixture.intervals)
+    return replace(target, boundaries=cut.boundaries)
 
 
-def log_snr_intervals(config: RemixConfig) -> Intervals:
-    """Return intervals of equal width in log-SNR for a model's noise process."""
+def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
+    """Cut the timesteps of a model's noise process into intervals.
+
+    Args:
+        config: Of the model.
+        count: How many.
+        policy: "uniform", of equal width in timesteps, or "log_snr", in log-SNR.
+    """
     process: Diffusion | Flow = noise_process(config)
     if isinstance(process, Diffusion):
-        return Intervals.by_log_snr(config.num_experts, process.log_snr)
-    return Intervals.continuous_by_log_snr(config.num_experts, process.log_snr)
+        if policy == "uniform":
+            return Intervals.uniform(count, config.num_train_timesteps)
+        return Intervals.by_log_snr(count, process.log_snr)
+    if policy == "uniform":
+        return Intervals.continuous(count)
+    return Intervals.continuous_by_log_snr(count, process.log_snr)
 
 
 def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:

@@ -56,6 +56,11 @@ VARIANTS = {
     "stratified": Variant(
         "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
     ),
+    "stratified-log-snr": Variant(
+        "the plain DiT goes on, timesteps stratified over intervals of equal width in log-SNR",
+        PLAIN | {"intervals": "log_snr"},
+        stratified=True,
+    ),
     "stratified-long": Variant(
         "the stratified plain DiT with a quarter more images", PLAIN, stratified=True, share=1.25
     ),
