@@ -330,7 +330,7 @@ def test_info_is_for_people_and_for_programs(run, capsys):
     remixdit(f"info {run}/checkpoints/step-00000010 --json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["step"] == 10
-    assert facts["boundaries"] == [0, 250, 500, 750, 1000]
+    assert facts["boundaries"] == [0, 31, 303, 722, 1000]  # of equal width in log-SNR
     assert facts["class_names"] == ["cat", "dog", "elk"]
     np.testing.assert_allclose(np.sum(facts["coefficients"], axis=1), 1, rtol=1e-6)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from remixdit.data import EncodeConfig, encode, open_source
 from remixdit.study import Cell, StudyConfig, cells_of, common_run, study
 from remixdit.study_report import paired, result_table
 from remixdit.train_config import MixtureConfig
-from remixdit.variants import STUDIES, VARIANTS, chosen_variants, run_config
+from remixdit.variants import STUDIES, VARIANTS, chosen_variants, run_config, variant
 from tests.command_line import refusal, remixdit
 
 
@@ -155,8 +156,8 @@ def test_every_variant_of_every_study_is_a_run(name, given, tmp_path):
     start = load_model(config.init_from)
     for cell in cells_of(config):
         common = common_run(config, cell, start)
-        run = run_config(VARIANTS[cell.variant], common)
-        steps = round(4 * VARIANTS[cell.variant].share)
+        run = run_config(variant(cell.variant), common)
+        steps = round(4 * variant(cell.variant).share)
         assert (run.steps, run.batch_size, run.seed) == (steps, 32, cell.seed + 1)
         assert run.strata_per_step <= 32
 
@@ -166,7 +167,7 @@ def test_experts_that_share_nothing_mix_every_parameter(given, tmp_path):
 
     config = config_for(given, tmp_path)
     common = common_run(config, Cell("independent", 0), load_model(config.init_from))
-    mixture = run_config(VARIANTS["independent"], common).mixture
+    mixture = run_config(variant("independent"), common).mixture
     assert mixture == MixtureConfig(
         num_bases=8, num_experts=8, experts_per_step=1, mixed="all", coefficients="one_hot"
     )
@@ -177,6 +178,16 @@ def test_experts_that_share_nothing_mix_every_parameter(given, tmp_path):
     [
         ({"name": "tabel2"}, "study must be one of .*, got 'tabel2'; perhaps table2"),
         ({"variants": "start,remixx"}, "variants must be among .*, got 'remixx'; perhaps remix"),
+        (
+            {"variants": "start,remixx@2"},
+            "variants must be among .*, got 'remixx@2'; perhaps remix",
+        ),
+        (
+            {"variants": "remix@0"},
+            "variants must be trained at a learning rate above 0 .*'remix@0'",
+        ),
+        ({"variants": "remix@two"}, "variants must be trained at .*'remix@two'"),
+        ({"variants": "start@2"}, "variants must be trained at .*'start@2'"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"steps": 3}, "steps must be at least 4, got 3"),
         ({"num_samples": 7}, "num_samples must be 0 or at least 40, got 7"),
@@ -198,8 +209,6 @@ def test_what_a_cell_could_not_do_is_refused_before_anything_is_written(given, t
 
 
 def test_other_settings_in_the_same_directory_are_refused(finished):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="steps was 4, now 5"):
         list(study(replace(finished, steps=5)))
 
@@ -215,4 +224,14 @@ def test_the_command_says_what_there_is_and_what_is_wrong(capsys):
 
 def test_a_study_has_its_own_variants_unless_told():
     assert chosen_variants("mixed", "") == ("start", "stratified", "remix-all", "remix")
-    assert chosen_variants("mixed", "k2, remix") == ("k2", "remix")
+    assert chosen_variants("mixed", "k2, remix@0.5") == ("k2", "remix@0.5")
+
+
+def test_a_variant_at_another_learning_rate_differs_in_nothing_else(given, tmp_path):
+    from remixdit.checkpoint import load_model
+
+    config = config_for(given, tmp_path)
+    common = common_run(config, Cell("published", 0), load_model(config.init_from))
+    quarter, full = (run_config(variant(name), common) for name in ("published@0.25", "published"))
+    assert quarter.optimizer.learning_rate == full.optimizer.learning_rate / 4
+    assert replace(quarter, optimizer=full.optimizer) == full

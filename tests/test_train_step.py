@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from remixdit.data import Batch
 from remixdit.intervals import Intervals
 from remixdit.model import RemixDiT
+from remixdit.objectives import Diffusion
 from remixdit.optim import MixtureAdamW, OptimizerConfig
 from remixdit.stacking import ExpertStack, Order
 from remixdit.start import training_strata
@@ -20,7 +22,7 @@ from tests.conftest import tiny_dit
 
 
 def config_for(batch_size: int = 12, **fields: object) -> TrainConfig:
-    mixture = MixtureConfig(num_bases=2, num_experts=5, **fields)
+    mixture = MixtureConfig(**{"num_bases": 2, "num_experts": 5, **fields})
     return TrainConfig(data="", output_dir=Path(), batch_size=batch_size, mixture=mixture)
 
 
@@ -190,6 +192,49 @@ def test_a_plain_dit_can_spread_its_batch_over_intervals():
     train_step(model, optimizer.gradients, inputs, plan, window)
     assert window.losses[2].tolist() == [2] * 8
     optimizer.step(0, 1)
+
+
+def test_a_plain_dits_strata_are_the_intervals_that_its_experts_would_have():
+    plain = config_for(num_bases=1, num_experts=1)
+    plain = replace(plain, objective=ObjectiveConfig(timestep_strata=5))
+    model = RemixDiT.from_dit(tiny_dit(), 1, 1)
+    strata = training_strata(model, plain)
+    assert strata.boundaries == Intervals.by_log_snr(5, Diffusion().log_snr).boundaries
+    uniform = replace(plain, mixture=replace(plain.mixture, intervals="uniform"))
+    assert training_strata(model, uniform).boundaries == (0, 200, 400, 600, 800, 1000)
+
+
+def test_weights_of_a_step_make_up_for_images_that_are_spread_unevenly():
+    """Equal widths in log-SNR, all in every step: the expected loss is that of all timesteps."""
+    intervals = Intervals.by_log_snr(20, Diffusion().log_snr)
+    plan = plan_step(intervals, 20, 40, 0, 0)
+    low_noise = plan.timesteps < 100
+    assert low_noise.float().mean() > 0.3
+    assert plan.weights[low_noise].sum().item() == pytest.approx(0.1, abs=0.04)
+    assert plan.weights.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "objective", "policy"),
+    [
+        ({}, {}, "log_snr"),
+        ({"experts_per_step": 20}, {}, "log_snr"),
+        ({"experts_per_step": 4}, {}, "uniform"),
+        ({}, {"prediction_type": "v_prediction"}, "uniform"),
+        ({"intervals": "uniform"}, {}, "uniform"),
+        ({"intervals": "log_snr", "experts_per_step": 1}, {}, "log_snr"),
+        ({"num_bases": 1, "num_experts": 1}, {}, "uniform"),
+        ({"num_bases": 1, "num_experts": 1}, {"timestep_strata": 8}, "log_snr"),
+    ],
+)
+def test_intervals_are_cut_in_log_snr_where_that_was_seen_to_pay(mixture, objective, policy):
+    config = TrainConfig(
+        data="",
+        output_dir=Path(),
+        mixture=MixtureConfig(**mixture),
+        objective=ObjectiveConfig(**objective),
+    )
+    assert config.interval_policy == policy
 
 
 def test_labels_are_dropped_at_the_asked_rate_and_by_seed():

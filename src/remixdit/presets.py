@@ -132,7 +132,7 @@ PRESETS = {
     "published": fine_tuned_s2(
         "the paper's method, one expert a step, its prior",
         "not measured; published: FID 26.51 -> 22.84",
-        mixture=MixtureConfig(experts_per_step=1, prior_strength=1e-4),
+        mixture=MixtureConfig(experts_per_step=1, prior_strength=1e-4, intervals="uniform"),
     ),
     "continued": fine_tuned_s2(
         "the baseline, a plain DiT, with timesteps stratified as those of 20 experts are",

@@ -94,7 +94,7 @@ def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
     """Return the intervals that timesteps are drawn in: the experts', or a plain DiT's strata."""
     intervals, strata = model.intervals, config.objective.timestep_strata
     if model.num_experts == 1 and strata > 1:
-        intervals = cut_intervals(model.config, strata, config.mixture.intervals)
+        intervals = cut_intervals(model.config, strata, config.interval_policy)
     if config.objective.logit_normal:
         intervals = replace(intervals, distribution=LogitNormal())
     return intervals
@@ -154,9 +154,11 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
         autoencoder=data.autoencoder,
         license=given.config.license if given else "",
     )
-    if mixture.intervals == "uniform":
+    if given and given.num_experts > 1 and mixture.intervals == "auto":
+        return replace(target, boundaries=given.config.boundaries)
+    if config.interval_policy == "uniform":
         return target
-    cut = cut_intervals(target, mixture.num_experts, mixture.intervals)
+    cut = cut_intervals(target, mixture.num_experts, config.interval_policy)
     return replace(target, boundaries=cut.boundaries)
 
 

@@ -45,7 +45,7 @@ from remixdit.scores import FeatureSet, image_features, reference_features
 from remixdit.study_report import write_study
 from remixdit.train_config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training import train
-from remixdit.variants import START, VARIANTS, chosen_variants, run_config
+from remixdit.variants import START, chosen_variants, run_config, variant
 
 __all__ = ["Done", "StudyConfig", "study"]
 
@@ -192,7 +192,7 @@ def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
         raise ValueError(f"init_from must be a plain DiT, got {start.num_experts} experts")
     for cell in cells:
         if cell.variant != START:
-            run_config(VARIANTS[cell.variant], common_run(config, cell, start))
+            run_config(variant(cell.variant), common_run(config, cell, start))
 
 
 def run_cells(config: StudyConfig, cells: list[Cell]) -> Iterator[Cell]:
@@ -225,7 +225,7 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
     if cell.variant == START:
         model = start
     else:
-        run = run_config(VARIANTS[cell.variant], common_run(config, cell, start))
+        run = run_config(variant(cell.variant), common_run(config, cell, start))
         for _ in train(run):
             pass
         half = checkpoint.load_model(run.output_dir / "checkpoints" / f"step-{run.steps // 2:08d}")
@@ -246,7 +246,7 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
 
 def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
     """Return the run of a cell, but for what its variant changes."""
-    steps = max(1, round(config.steps * VARIANTS[cell.variant].share))
+    steps = max(1, round(config.steps * variant(cell.variant).share))
     return TrainConfig(
         data=config.data,
         output_dir=cell_dir(config, cell) / "run",
@@ -374,5 +374,5 @@ def write_results(config: StudyConfig, cells: list[Cell]) -> None:
     found = [result_path(config, cell) for cell in cells]
     results = [json.loads(path.read_text("utf-8")) for path in found if path.is_file()]
     settings = {**asdict(config), "output_dir": str(config.output_dir)}
-    summaries = {name: VARIANTS[name].summary for name in {cell.variant for cell in cells}}
+    summaries = {name: variant(name).summary for name in {cell.variant for cell in cells}}
     write_study(config.output_dir, settings, results, summaries)

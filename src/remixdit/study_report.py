@@ -12,7 +12,7 @@ Shapes: S seeds, I intervals.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,8 +121,8 @@ def result_table(results: Sequence[Result], with_half: bool = False) -> Table:
             end; for constant learning rates, as others have not been annealed by then.
     """
     groups = by_variant(results)
-    baselines = [name for name in BASELINES if name in groups]
-    first = next((name for name in PREFERRED if name in groups), "")
+    baselines = those_of(BASELINES, groups)
+    first = next(iter(those_of(PREFERRED, groups)), "")
     kid = any(score_of(cell, "KID") is not None for cell in results)
     header = ["variant", "seeds", "loss x 1e5"]
     header += [f"% of {name}" for name in baselines]
@@ -149,6 +149,11 @@ def result_table(results: Sequence[Result], with_half: bool = False) -> Table:
         row += cost_cells(cells)
         rows.append(row)
     return Table(header, rows, caption=CAPTION)
+
+
+def those_of(kinds: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the variants of some kinds, whatever their learning rate, kind by kind."""
+    return [name for kind in kinds for name in names if name.partition("@")[0] == kind]
 
 
 CAPTION = (
@@ -226,7 +231,7 @@ def figures(results: Sequence[Result]) -> list[Block]:
     groups = {name: cells for name, cells in by_variant(results).items() if "half" in cells[0]}
     if not groups:
         return []
-    first = next(name for name in (*PREFERRED, *groups) if name in groups)
+    first = next(iter((*those_of(PREFERRED, groups), *groups)))
     blocks: list[Block] = [Heading("Figures")]
     if len(groups) > 1:
         blocks.append(

@@ -49,8 +49,9 @@ class MixtureConfig:
     """One coefficient table a block instead of one for all."""
     symmetry: float = 8.0
     """How strongly an expert prefers its own basis at the start: 0 is not, 10 nearly alone."""
-    intervals: str = "uniform"
-    """uniform: equal widths in timesteps; log_snr: equal widths in log-SNR."""
+    intervals: str = "auto"
+    """uniform: equal widths in timesteps; log_snr: equal widths in log-SNR; auto: log_snr where
+    every step holds all intervals and the network predicts the noise, else uniform."""
     prior_strength: float = 0.0
     """gamma: weight of the pull of each expert to its own basis."""
     prior_schedule: str = "linear"
@@ -65,8 +66,8 @@ class MixtureConfig:
             raise ValueError(
                 f"coefficients must be one of {', '.join(KINDS)}, got {self.coefficients!r}"
             )
-        if self.intervals not in ("uniform", "log_snr"):
-            raise ValueError(f"intervals must be uniform or log_snr, got {self.intervals!r}")
+        if self.intervals not in ("auto", "uniform", "log_snr"):
+            raise ValueError(f"intervals must be auto, uniform or log_snr, got {self.intervals!r}")
         if self.prior_schedule not in ("linear", "constant"):
             raise ValueError(
                 f"prior_schedule must be linear or constant, got {self.prior_schedule!r}"
@@ -227,6 +228,21 @@ class TrainConfig:
         if self.mixture.num_experts == 1:
             return max(1, self.objective.timestep_strata)
         return self.mixture.experts_per_step or self.mixture.num_experts
+
+    @property
+    def interval_policy(self) -> str:
+        """How timesteps are cut into intervals: uniform or log_snr.
+
+        Most of the loss of a network that predicts noise is where there is little of it. Intervals
+        of equal width in log-SNR have more experts there, and more images if every step holds all
+        of them. Otherwise each is drawn in proportion to its timesteps.
+        """
+        if self.mixture.intervals != "auto":
+            return self.mixture.intervals
+        total = max(self.mixture.num_experts, self.objective.timestep_strata)
+        together = self.strata_per_step == total > 1
+        predicts_noise = self.objective.prediction_type == "epsilon"
+        return "log_snr" if together and predicts_noise else "uniform"
 
     @property
     def takes_turns(self) -> bool:

@@ -1,9 +1,11 @@
 """The variants that a study compares, and the studies: names for sets of them.
 
 A variant is a set of changes to one common run: the same start, the same images, the same steps.
-The order of a study is that of its table; the first after the start is the usual baseline.
+The order of a study is that of its table; the first after the start is the usual baseline. A name
+with @ and a factor, such as published@0.25, is a variant at that much of the learning rate.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -11,7 +13,7 @@ from typing import Any
 
 from remixdit.train_config import MixtureConfig, TrainConfig
 
-__all__ = ["START", "STUDIES", "VARIANTS", "Variant", "chosen_variants", "run_config"]
+__all__ = ["START", "STUDIES", "VARIANTS", "Variant", "chosen_variants", "run_config", "variant"]
 
 START = "start"  # what all variants start from; not trained
 
@@ -35,7 +37,12 @@ class Variant:
 
 
 PLAIN = {"num_bases": 1, "num_experts": 1}
-PUBLISHED = {"experts_per_step": 1, "prior_strength": 1e-4, "symmetry": 2.0}
+PUBLISHED = {
+    "experts_per_step": 1,
+    "prior_strength": 1e-4,
+    "symmetry": 2.0,
+    "intervals": "uniform",
+}
 
 
 def independent(count: int, experts_per_step: int, summary: str) -> Variant:
@@ -56,9 +63,9 @@ VARIANTS = {
     "stratified": Variant(
         "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
     ),
-    "stratified-log-snr": Variant(
-        "the plain DiT goes on, timesteps stratified over intervals of equal width in log-SNR",
-        PLAIN | {"intervals": "log_snr"},
+    "stratified-uniform": Variant(
+        "the same over intervals of equal width in timesteps",
+        PLAIN | {"intervals": "uniform"},
         stratified=True,
     ),
     "stratified-long": Variant(
@@ -72,19 +79,12 @@ VARIANTS = {
     ),
     "one-hot": Variant("each basis serves N/K intervals alone", {"coefficients": "one_hot"}),
     "published": Variant("softmax, one expert a step, the prior from 1e-4 to 0", PUBLISHED),
-    **{
-        f"published-lr-{factor:g}": Variant(
-            f"the published recipe at {factor:g} of the learning rate",
-            PUBLISHED,
-            learning_rate_factor=factor,
-        )
-        for factor in (0.25, 0.0625)
-    },
     "raw": Variant("free coefficients", {"coefficients": "raw"}),
     "per-block": Variant("a table of coefficients for each block", {"per_block": True}),
     "remix": Variant("softmax, all N experts share every batch: the default"),
     "remix-half": Variant("the default, with half of the images", share=0.5),
     "remix-all": Variant("every parameter is mixed", {"mixed": "all"}),
+    "uniform": Variant("intervals of equal width in timesteps", {"intervals": "uniform"}),
     "log-snr": Variant("intervals of equal width in log-SNR", {"intervals": "log_snr"}),
     **{f"k{k}": Variant(f"K = {k} bases", {"num_bases": k}) for k in (2, 4, 8, 20)},
     **{f"n{n}": Variant(f"N = {n} experts", {"num_experts": n}) for n in (4, 8, 20, 100, 1000)},
@@ -115,19 +115,6 @@ VARIANTS = {
         for decay in (0.99, 0.995, 0.998, 0.999, 0.9999)
     },
     **{
-        f"lr-{factor:g}": Variant(f"{factor:g} of the learning rate", learning_rate_factor=factor)
-        for factor in (0.25, 0.5, 2, 4)
-    },
-    **{
-        f"stratified-lr-{factor:g}": Variant(
-            f"the stratified plain DiT at {factor:g} of the learning rate",
-            PLAIN,
-            learning_rate_factor=factor,
-            stratified=True,
-        )
-        for factor in (0.25, 0.5, 2, 4)
-    },
-    **{
         f"coefficients-lr-{rate:g}": Variant(
             f"coefficients learn at {rate:g}", optimizer={"coefficients_learning_rate": rate}
         )
@@ -139,6 +126,36 @@ VARIANTS = {
 def named(*prefixes: str) -> tuple[str, ...]:
     """Return the variants whose names begin so."""
     return tuple(name for name in VARIANTS if name.startswith(prefixes))
+
+
+def at_rates(name: str) -> tuple[str, ...]:
+    """Return the names of a variant at other learning rates."""
+    return tuple(f"{name}@{factor:g}" for factor in (0.25, 0.5, 2, 4))
+
+
+def variant(name: str) -> Variant:
+    """Return a variant by name, NAME or NAME@FACTOR.
+
+    Raises:
+        ValueError: there is none of that name, or the factor is not a number above 0.
+    """
+    base, at, factor = name.partition("@")
+    if base not in VARIANTS:
+        known = f"must be among {', '.join(VARIANTS)}"
+        raise ValueError(f"variants {known}, got {name!r}{hint(base)}")
+    if not at:
+        return VARIANTS[base]
+    try:
+        number = float(factor)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf or base == START:
+        raise ValueError(
+            f"variants must be trained at a learning rate above 0 (NAME@FACTOR), got {name!r}"
+        )
+    found = VARIANTS[base]
+    summary = f"{found.summary}; at {number:g} of the learning rate"
+    return replace(found, summary=summary, learning_rate_factor=number)
 
 
 # Each ends in the default, so that every table holds what it is compared with.
@@ -154,11 +171,11 @@ STUDIES = {
     "mixed": (START, "stratified", "remix-all", "remix"),
     "prior": (START, "stratified", *named("prior-"), "remix"),
     "symmetry": (START, "stratified", *named("symmetry-", "noise-", "coefficients-lr"), "remix"),
-    "intervals": (START, "stratified", "log-snr", "remix"),
+    "intervals": (START, "stratified", "stratified-uniform", "uniform", "log-snr", "remix"),
     "ema": (START, "stratified", *named("ema-"), "remix"),
     "learning-rate": (
-        *(START, "stratified", *named("stratified-lr-"), "published"),
-        *(*named("published-lr-", "lr-"), "remix"),
+        *(START, "stratified", *at_rates("stratified"), "published"),
+        *(*at_rates("published"), *at_rates("remix"), "remix"),
     ),
 }
 
@@ -169,9 +186,7 @@ def chosen_variants(study: str, names: str) -> tuple[str, ...]:
         raise ValueError(f"study must be one of {', '.join(STUDIES)}, got {study!r}{hint(study)}")
     chosen = tuple(filter(None, (name.strip() for name in names.split(",")))) or STUDIES[study]
     for name in chosen:
-        if name not in VARIANTS:
-            known = f"must be among {', '.join(VARIANTS)}"
-            raise ValueError(f"variants {known}, got {name!r}{hint(name)}")
+        variant(name)
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Annotated
 
 import tyro
@@ -19,7 +20,7 @@ usage: remixdit study NAME --data SHARDS --held-out SHARDS --from PLAIN --output
 
 {studies}
 
-variants:
+variants (NAME@0.25: at a quarter of the learning rate):
 {variants}
 
 remixdit study NAME --help    lists all options
@@ -39,7 +40,7 @@ class StudyArguments(StudyConfig):
 def run(args: Sequence[str]) -> None:
     """Run the cells that are missing and write the report."""
     if not args or args[0] in ("-h", "--help"):
-        studies = (f"  {name:18}{', '.join(names)}" for name, names in STUDIES.items())
+        studies = (study_line(name, names) for name, names in STUDIES.items())
         variants = (f"  {name:22}{variant.summary}" for name, variant in VARIANTS.items())
         print(HELP.format(studies="\n".join(studies), variants="\n".join(variants)), end="")
         return
@@ -51,3 +52,9 @@ def run(args: Sequence[str]) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
     say(f"look at {config.output_dir / 'report.html'}")
+
+
+def study_line(name: str, variants: Sequence[str]) -> str:
+    """Return a study and its variants, folded to the width of a terminal."""
+    text = f"  {name:18}{', '.join(variants)}"
+    return fill(text, 100, subsequent_indent=" " * 20, break_on_hyphens=False)
