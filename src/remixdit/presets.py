@@ -6,7 +6,7 @@ counts as measured only if this package produced it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ PRESETS = {
         "CIFAR-10: validation loss 0.04864 (docs/results/cifar10-16)",
         {
             "network": SMALL,
-            "mixture": PLAIN,
+            # As pre-trained DiTs are that others start from.
+            "mixture": replace(PLAIN, intervals="uniform"),
             "objective": ObjectiveConfig(mirror=True, timestep_strata=20),
             "optimizer": OptimizerConfig(
                 learning_rate=2e-3,
