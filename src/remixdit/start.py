@@ -154,7 +154,7 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
         autoencoder=data.autoencoder,
         license=given.config.license if given else "",
     )
-    if given and given.num_experts > 1 and mixture.intervals == "auto":
+    if given and given.num_experts == mixture.num_experts > 1 and mixture.intervals == "auto":
         return replace(target, boundaries=given.config.boundaries)
     if config.interval_policy == "uniform":
         return target
