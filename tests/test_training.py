@@ -97,3 +97,16 @@ def test_images_without_labels_train_an_unconditional_model(tmp_path):
     config = tiny_run(tmp_path / "plain.npz", tmp_path / "run")
     list(train(config))
     assert load_model(config.output_dir).config.network.num_classes == 0
+
+
+def test_a_mixture_that_is_trained_on_keeps_its_intervals(digits, tmp_path):
+    uniform = MixtureConfig(num_bases=2, num_experts=4, intervals="uniform")
+    first = tiny_run(digits, tmp_path / "first", mixture=uniform)
+    list(train(first))
+    second = tiny_run(digits, tmp_path / "second", init_from=str(first.output_dir))
+    list(train(second))
+    boundaries = [load_model(run.output_dir).intervals.boundaries for run in (first, second)]
+    assert boundaries == [(0, 250, 500, 750, 1000)] * 2
+    third = tiny_run(digits, tmp_path / "third")
+    list(train(third))
+    assert load_model(third.output_dir).intervals.boundaries == (0, 31, 303, 722, 1000)
