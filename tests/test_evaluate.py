@@ -287,6 +287,13 @@ def test_intervals_give_the_losses_of_the_library(model, data, capsys):
     assert result["bits_per_dim"]["variance"] == {"ours": "learned"}
 
 
+def test_the_mean_counts_every_timestep_alike_however_the_intervals_are_cut(data, tmp_path, capsys):
+    uneven = save_model(tmp_path / "uneven", 0, num_experts=3, boundaries=(0, 20, 200, 1000))
+    result = result_of(f"{uneven} --per-interval --reference {data}/real.npz", capsys)
+    found = [row["value"] for row in result["intervals"]]
+    assert result["loss"]["value"] == pytest.approx(np.dot([0.02, 0.18, 0.8], found))
+
+
 def test_a_model_differs_from_itself_by_exactly_nothing(model, data, capsys):
     line = f"{model} --per-interval --against {model} --reference {data}/real.npz"
     result = result_of(f"{line} --matrix-images 0", capsys)

@@ -2,7 +2,7 @@
 
 The cheap and low-noise measure of progress: the same images, timesteps and noise for every model
 and every expert, so that differences are differences of the weights. The mean over the intervals,
-each by its own expert, is the number that training drives down.
+each by its own expert and its share of the timesteps, is the number that training drives down.
 
 Shapes: n images, N experts, I intervals, C H W latents.
 """

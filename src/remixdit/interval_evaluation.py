@@ -298,10 +298,7 @@ def summary(plan: Plan, tables: dict[str, np.ndarray]) -> dict[str, Any]:
     boundaries = plan.intervals.boundaries
     shares = plan.intervals.masses
     result: dict[str, Any] = {
-        "loss": compared(ours.mean(0), None if theirs is None else theirs.mean(0)),
-        "loss_weighted_by_share": compared(
-            shares @ ours, None if theirs is None else shares @ theirs
-        ),
+        "loss": compared(shares @ ours, None if theirs is None else shares @ theirs),
         "intervals": [
             {
                 "from": boundaries[place],
