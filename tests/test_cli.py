@@ -316,6 +316,11 @@ def test_plot_draws_a_plain_run_with_strata(tmp_path):
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run {options}")
     remixdit(f"plot {tmp_path}/run")
     assert files_below(tmp_path / "run" / "plots") == {"loss.png", "loss-by-interval.png"}
+    from remixdit.info import describe
+    from remixdit.run_plots import boundaries_of
+
+    boundaries = boundaries_of(tmp_path / "run", describe(tmp_path / "run"))
+    assert boundaries == [0, 31, 303, 722, 1000]  # those that timesteps were spread over
 
 
 def test_plot_of_no_run_is_refused(tmp_path, capsys):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
 from remixdit.study import Cell, StudyConfig, cells_of, common_run, study
-from remixdit.study_report import paired, result_table
+from remixdit.study_report import paired, result_table, those_of
 from remixdit.train_config import MixtureConfig
 from remixdit.variants import STUDIES, VARIANTS, chosen_variants, run_config, variant
 from tests.command_line import refusal, remixdit
@@ -146,6 +146,23 @@ def test_a_table_holds_every_variant_and_no_baseline_against_itself():
     for name in ("% of continued", "intervals alike, %"):
         column = table.header.index(name)
         assert [row[column] for row in table.rows] == ["", "-50.00 ± 0.00 (2/2)"]
+
+
+def test_baselines_are_found_at_any_learning_rate():
+    assert those_of(("a", "b"), ["b@2", "a@0.5", "c", "b@4"]) == ["a@0.5", "b@2", "b@4"]
+    assert those_of(("a",), ["a@0.5", "a", "a@2"]) == ["a"]
+
+
+def test_the_stratified_baseline_has_the_intervals_of_the_default(given, tmp_path):
+    from remixdit.checkpoint import load_model
+
+    config = config_for(given, tmp_path)
+    common = common_run(config, Cell("remix", 0), load_model(config.init_from))
+    policies = [
+        run_config(variant(name), common).interval_policy
+        for name in ("remix", "stratified", "uniform", "stratified-uniform", "published")
+    ]
+    assert policies == ["log_snr", "log_snr", "uniform", "uniform", "uniform"]
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -21,7 +21,6 @@ from remixdit.info import describe
 from remixdit.intervals import Intervals
 from remixdit.model import RemixConfig, RemixDiT
 from remixdit.plots import loss_by_interval, loss_matrix
-from remixdit.run import read_metrics
 from remixdit.run_plots import boundaries_of
 
 __all__ = ["expert_losses", "held_out_figures", "held_out_images", "intervals_of"]
@@ -91,10 +90,9 @@ def relabelled(class_labels: Tensor, names: Sequence[str], config: RemixConfig) 
 
 def intervals_of(run_dir: Path, model: RemixDiT) -> Intervals:
     """Return the experts' intervals, or those over which a plain DiT's timesteps were spread."""
-    rows = read_metrics(run_dir)
-    if model.num_experts > 1 or not rows:
+    if model.num_experts > 1:
         return model.intervals
-    return Intervals(tuple(boundaries_of(rows, describe(run_dir))))
+    return Intervals(tuple(boundaries_of(run_dir, describe(run_dir))))
 
 
 def expert_losses(model: RemixDiT, held: Held, intervals: Intervals) -> Iterator[np.ndarray]:

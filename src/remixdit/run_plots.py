@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 from remixdit.checkpoint import find_model
 from remixdit.info import describe
-from remixdit.intervals import Intervals
 from remixdit.plots import coefficients_heatmap, gradient_curve, loss_by_interval, loss_curve
-from remixdit.run import read_metrics
+from remixdit.run import read_metrics, stated_settings
 
 __all__ = ["run_figures"]
 
@@ -34,7 +33,7 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
     except ValueError:
         return  # no checkpoint yet
     facts = describe(run_dir)
-    yield "loss-by-interval", loss_by_interval(interval_losses(rows), boundaries_of(rows, facts))
+    yield "loss-by-interval", loss_by_interval(interval_losses(rows), boundaries_of(run_dir, facts))
     if facts["num_bases"] > 1:
         yield "coefficients", coefficients_heatmap(facts["coefficients"], facts["boundaries"])
     if facts["num_bases"] > 1 and facts["coefficient_kind"] != "one_hot":
@@ -65,11 +64,7 @@ def span(rows: Rows) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
-def boundaries_of(rows: Rows, facts: Mapping[str, Any]) -> Sequence[float]:
+def boundaries_of(run_dir: Path, facts: Mapping[str, Any]) -> Sequence[float]:
     """Return the ends of the intervals that losses were logged for: experts', or strata."""
-    count = len(rows[-1]["loss_by_interval"])
-    if count == facts["num_experts"]:
-        return list(facts["boundaries"])
-    if facts["prediction_type"] == "flow_prediction":
-        return Intervals.continuous(count).boundaries
-    return Intervals.uniform(count, facts["num_train_timesteps"]).boundaries
+    stated = stated_settings(run_dir) or {}
+    return list(stated.get("boundaries", facts["boundaries"]))

@@ -61,6 +61,9 @@ def settings_of(config: TrainConfig, model: RemixDiT) -> dict[str, Any]:
         "init_from": location(config.init_from) if config.init_from else None,
         # What is trained, which a model to start from may have decided.
         "network": asdict(model.config.network),
+        "mixture": {**asdict(config.mixture), "intervals": config.interval_policy},
+        # Of the intervals that losses are logged for: experts', or a plain DiT's strata.
+        "boundaries": list(training_strata(model, config).boundaries),
         "data_digest": shards.digest if shards is not None else None,
     }
 

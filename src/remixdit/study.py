@@ -72,7 +72,7 @@ class StudyConfig:
     output_dir: Path
     """Where cells and the report go; the same command again goes on."""
     variants: str = ""
-    """Others than the study's own, with commas between."""
+    """Others than the study's own, with commas between; NAME@0.25 for a quarter of the rate."""
     seeds: int = 3
     """Runs of every variant."""
     steps: int = 2000
@@ -80,7 +80,7 @@ class StudyConfig:
     batch_size: int = 64
     """Images a step."""
     learning_rate: float = 2e-4
-    """Of every variant."""
+    """Of every variant that does not say otherwise; not of the coefficients."""
     lr_schedule: str = "constant"
     """constant, or cosine: falls to 0 at the last step. Then losses at half are not comparable."""
     beta2: float = 0.999
@@ -284,6 +284,7 @@ def cost_of(run: TrainConfig, model: RemixDiT) -> dict[str, Any]:
     return {
         "images": images,
         "network_flops": images * training_flops(model.config.network),
+        "intervals": run.interval_policy,
         "mixing_flops": run.steps * mixing_flops(model, run.strata_per_step),
         # The median of the windows, as other work may disturb some of them.
         "seconds": images / median(speeds),

@@ -152,8 +152,9 @@ def result_table(results: Sequence[Result], with_half: bool = False) -> Table:
 
 
 def those_of(kinds: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Return the variants of some kinds, whatever their learning rate, kind by kind."""
-    return [name for kind in kinds for name in names if name.partition("@")[0] == kind]
+    """Return the variants of some kinds: as named, or if there is none at other learning rates."""
+    found = {kind: [name for name in names if name.partition("@")[0] == kind] for kind in kinds}
+    return [name for kind, rates in found.items() for name in ([kind] if kind in rates else rates)]
 
 
 CAPTION = (
@@ -161,8 +162,8 @@ CAPTION = (
     "averaged weights; ± is the standard deviation over seeds. Per cent: the paired difference, "
     "with its 95 % interval (Student's t over seeds) and the seeds in which it is lower. Half-way: "
     "after half of the steps, against the baseline after all of them. Intervals alike: of the "
-    "geometric mean over the intervals, against stratified (or continued): the noisiest have a "
-    "thousandth of the loss of the least noisy and hardly count in the mean."
+    "geometric mean over the intervals, against the stratified (or continued) DiT: the noisiest "
+    "have a thousandth of the loss of the least noisy and hardly count in the mean."
 )
 
 

@@ -24,10 +24,10 @@ __all__ = [
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# What a resumed run may have otherwise than the run it goes on with.
+# What a resumed run may have otherwise than the run it goes on with; boundaries follow from others.
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
-    *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute"),
+    *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
 }
 
 

@@ -64,7 +64,7 @@ VARIANTS = {
         "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
     ),
     "stratified-uniform": Variant(
-        "the same over intervals of equal width in timesteps",
+        "the plain DiT goes on, stratified over intervals of equal width in timesteps",
         PLAIN | {"intervals": "uniform"},
         stratified=True,
     ),
@@ -166,12 +166,16 @@ STUDIES = {
     ),
     "coefficients": (START, "stratified", "one-hot", "raw", "per-block", "remix"),
     "bases": (START, "stratified", "k2", "k8", "k20", "remix"),
-    "experts": (START, "stratified", "n4", "n8", "n100", "n1000", "remix"),
-    "experts-per-step": (START, "stratified", "m1", "m2", "m4", "m10", "remix"),
+    # With N beyond the batch, or M below N, intervals are of equal width: so are those beside them.
+    "experts": (START, "stratified", "n4", "n8", "n100", "n1000", "uniform", "remix"),
+    "experts-per-step": (
+        *(START, "stratified", "stratified-uniform"),
+        *("m1", "m2", "m4", "m10", "uniform", "remix"),
+    ),
     "mixed": (START, "stratified", "remix-all", "remix"),
     "prior": (START, "stratified", *named("prior-"), "remix"),
     "symmetry": (START, "stratified", *named("symmetry-", "noise-", "coefficients-lr"), "remix"),
-    "intervals": (START, "stratified", "stratified-uniform", "uniform", "log-snr", "remix"),
+    "intervals": (START, "stratified", "stratified-uniform", "uniform", "remix"),
     "ema": (START, "stratified", *named("ema-"), "remix"),
     "learning-rate": (
         *(START, "stratified", *at_rates("stratified"), "published"),
