@@ -68,16 +68,13 @@ def conditional_accuracy(
         seed: Of the division of the real images into those that fit the probe and those that
             test it: what it says of real images is what a perfect generator would get.
     """
-    labelled = np.flatnonzero(real_labels >= 0)
-    order = torch.randperm(len(labelled), generator=generator_for(seed, "probe")).numpy()
-    tested = np.sort(labelled[order[: len(order) // TEST_SHARE]])
-    fitted = np.sort(labelled[order[len(order) // TEST_SHARE :][:MAX_PROBE_IMAGES]])
+    fitted, tested = divided(real_labels, seed)
     classes = np.unique(real_labels[fitted])
     known = np.flatnonzero(np.isin(fake_labels, classes))
     tested = tested[np.isin(real_labels[tested], classes)]
     for reason, holds in (
         ("needs at least 2 classes in the reference", len(classes) >= 2),
-        ("needs at least 8 labelled images of the reference", len(labelled) >= 8),
+        ("needs at least 8 labelled images of the reference", (real_labels >= 0).sum() >= 8),
         ("needs images under test of the reference's classes", len(known) > 0),
     ):
         if not holds:
@@ -103,6 +100,19 @@ def conditional_accuracy(
         if len(tested)
         else {"value": None, "left_out": "too few labelled images of the reference"},
     }
+
+
+def divided(real_labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the images that have a label (R,) into those that fit a probe and those that test it.
+
+    Returns:
+        Their places, rising: at most MAX_PROBE_IMAGES to fit, and one in TEST_SHARE to test.
+    """
+    labelled = np.flatnonzero(real_labels >= 0)
+    order = torch.randperm(len(labelled), generator=generator_for(seed, "probe")).numpy()
+    first = len(order) // TEST_SHARE
+    tested, fitted = labelled[order[:first]], labelled[order[first:][:MAX_PROBE_IMAGES]]
+    return np.sort(fitted), np.sort(tested)
 
 
 def copies(fake: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def figures(results: Sequence[Result]) -> list[Block]:
     groups = {name: cells for name, cells in by_variant(results).items() if "half" in cells[0]}
     if not groups:
         return []
-    first = next(iter((*those_of(PREFERRED, groups), *groups)))
+    first = [*those_of(PREFERRED, groups), *groups][0]
     blocks: list[Block] = [Heading("Figures")]
     if len(groups) > 1:
         blocks.append(
