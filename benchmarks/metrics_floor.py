@@ -20,8 +20,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from remixdit.data import open_source
-from remixdit.features import Extractor, load_extractor, metric_name
-from remixdit.metrics import (
+from remixdit.evaluation.features import Extractor, load_extractor, metric_name
+from remixdit.evaluation.metrics import (
     Estimate,
     bootstrap_frechet,
     fit_linear_probe,

@@ -15,9 +15,9 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from remixdit.dit import DiTConfig
-from remixdit.scaling import H100, Hardware, StepCost, step_cost, step_seconds
-from remixdit.train_config import MixtureConfig, TrainConfig
+from remixdit.bench.scaling import H100, Hardware, StepCost, step_cost, step_seconds
+from remixdit.diffusion.dit import DiTConfig
+from remixdit.training.config import MixtureConfig, TrainConfig
 
 NETWORKS = ("S/2", "B/2", "L/2", "XL/2")
 BASES = (1, 2, 4, 8, 16)

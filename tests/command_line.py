@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remixdit.cli import main
+from remixdit.cli.main import main
 
 SIDE = 16
 

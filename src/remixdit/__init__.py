@@ -4,21 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from remixdit.dit import DiT, DiTConfig
-    from remixdit.intervals import Intervals
-    from remixdit.mixing import Mixture
-    from remixdit.model import RemixConfig, RemixDiT
+    from remixdit.diffusion.dit import DiT, DiTConfig
+    from remixdit.diffusion.intervals import Intervals
+    from remixdit.first.mixing import Mixture
+    from remixdit.model.config import RemixConfig
+    from remixdit.model.model import RemixDiT
 
 __all__ = ["DiT", "DiTConfig", "Intervals", "Mixture", "RemixConfig", "RemixDiT"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "DiT": "dit",
-    "DiTConfig": "dit",
-    "Intervals": "intervals",
-    "Mixture": "mixing",
-    "RemixConfig": "model",
-    "RemixDiT": "model",
+    "DiT": "diffusion.dit",
+    "DiTConfig": "diffusion.dit",
+    "Intervals": "diffusion.intervals",
+    "Mixture": "first.mixing",
+    "RemixConfig": "model.config",
+    "RemixDiT": "model.model",
 }
 
 

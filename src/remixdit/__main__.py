@@ -2,7 +2,7 @@
 
 import sys
 
-from remixdit.cli import main
+from remixdit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

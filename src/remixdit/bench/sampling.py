@@ -8,9 +8,9 @@ from remixdit import distributed
 from remixdit.bench.peak import peak_bytes
 from remixdit.bench.steps import BenchConfig, sampling_variants
 from remixdit.bench.timing import Timing, Under, take_turns
-from remixdit.costs import forward_flops
+from remixdit.diffusion.costs import forward_flops
 from remixdit.machine import machine, matrix_flops_per_second
-from remixdit.train_config import PRECISIONS
+from remixdit.training.config import PRECISIONS
 
 __all__ = ["bench_sampling"]
 

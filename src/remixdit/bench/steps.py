@@ -11,18 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from remixdit.bench.naive import NaiveMixture
 from remixdit.bench.timing import Step
 from remixdit.data import Batch
-from remixdit.dit import DiT, DiTConfig
-from remixdit.model import RemixConfig, RemixDiT
-from remixdit.naive import NaiveMixture
-from remixdit.objectives import Diffusion
-from remixdit.optim import MixtureAdamW, OptimizerConfig
-from remixdit.sampling import SamplingConfig, sample_latents
+from remixdit.diffusion.dit import DiT, DiTConfig
+from remixdit.diffusion.noise import Diffusion
+from remixdit.first.optim import MixtureAdamW, OptimizerConfig
+from remixdit.first.stacking import ExpertStack, stacks
+from remixdit.model.config import RemixConfig
+from remixdit.model.model import RemixDiT
+from remixdit.sampling.sampler import SamplingConfig, sample_latents
 from remixdit.seeds import generator_for
-from remixdit.stacking import ExpertStack, stacks
-from remixdit.train_config import PRECISIONS, MixtureConfig, TrainConfig
-from remixdit.train_step import Window, plan_step, step_inputs, train_step
+from remixdit.training.config import PRECISIONS, MixtureConfig, TrainConfig
+from remixdit.training.step import Window, plan_step, step_inputs, train_step
 
 __all__ = ["BenchConfig", "Builder", "run_of", "sampling_variants", "training_variants"]
 

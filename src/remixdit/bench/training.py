@@ -11,12 +11,12 @@ import torch
 
 from remixdit import distributed
 from remixdit.bench.peak import peak_bytes
+from remixdit.bench.scaling import step_cost
 from remixdit.bench.steps import BenchConfig, run_of, training_variants
 from remixdit.bench.timing import Timing, Under, take_turns
-from remixdit.costs import training_flops
+from remixdit.diffusion.costs import training_flops
 from remixdit.machine import bytes_per_second, machine, matrix_flops_per_second
-from remixdit.scaling import step_cost
-from remixdit.train_config import PRECISIONS, TrainConfig
+from remixdit.training.config import PRECISIONS, TrainConfig
 
 __all__ = ["bench_training", "memory_facts"]
 

@@ -11,8 +11,8 @@ from remixdit.data.encoding import EncodeConfig, Progress, encode
 from remixdit.data.loader import Batch, Loader, check_batch_size
 from remixdit.data.prepare import prepare
 from remixdit.data.shards import ShardDataset, is_shard_dir
-from remixdit.data.source import Source, UnreadableImageError
-from remixdit.data.sources import check_apart, open_source
+from remixdit.images.opening import check_apart, open_source
+from remixdit.images.source import Source, UnreadableImageError
 
 __all__ = [
     "Batch",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from remixdit.autoencoder import Pixels, load_autoencoder
+from remixdit.data.autoencoder import Pixels, load_autoencoder
 from remixdit.data.shards import LABELS_FILE, ShardDataset
 from remixdit.data.writing import PARTS_DIR, file_digest
 

@@ -19,11 +19,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from remixdit.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
-from remixdit.data.pictures import PictureBatch, Pictures
-from remixdit.data.source import Source
+from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
 from remixdit.data.writing import EncodedDir, ShardRecord, ShardWriter
-from remixdit.distributed import pick_device
+from remixdit.distributed.ranks import pick_device
+from remixdit.images.source import Source
+from remixdit.images.squares import PictureBatch, Pictures
 
 __all__ = ["EncodeConfig", "Progress", "encode"]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remixdit.data.permutation import permuted
+from remixdit.data.order import permuted
 from remixdit.data.shards import ShardDataset
 
 __all__ = ["Batch", "Loader", "check_batch_size"]

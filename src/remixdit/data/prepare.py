@@ -7,8 +7,8 @@ from pathlib import Path
 
 from remixdit.data.encoding import EncodeConfig, Progress, encode
 from remixdit.data.shards import ShardDataset, is_shard_dir
-from remixdit.data.source import UnreadableImageError
-from remixdit.data.sources import open_source
+from remixdit.images.opening import open_source
+from remixdit.images.source import UnreadableImageError
 
 __all__ = ["prepare"]
 

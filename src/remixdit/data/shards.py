@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remixdit.autoencoder import scale_and_shift
-from remixdit.data.permutation import hashed
+from remixdit.data.autoencoder import scale_and_shift
 from remixdit.data.rowfile import RowFile
+from remixdit.seeds import hashed
 
 __all__ = ["INDEX_FILE", "LABELS_FILE", "ShardDataset", "is_shard_dir", "shard_file"]
 

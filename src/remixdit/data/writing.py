@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from remixdit.data.pictures import PictureBatch
 from remixdit.data.shards import INDEX_FILE, LABELS_FILE, shard_file
+from remixdit.images.squares import PictureBatch
 
 __all__ = ["PARTS_DIR", "EncodedDir", "ShardRecord", "ShardWriter", "file_digest"]
 

@@ -14,11 +14,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from remixdit.checkpoint import load_model
-from remixdit.dit import DiT
+from remixdit.diffusion.dit import DiT
 from remixdit.interchange import files
 from remixdit.interchange.layout import official_state
-from remixdit.model import RemixConfig, RemixDiT
+from remixdit.model.config import RemixConfig
+from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
 
 __all__ = ["ExportConfig", "export_diffusers", "export_dit", "export_experts", "run_export"]
 

@@ -17,7 +17,8 @@ from remixdit.interchange.layout import (
     network_of,
     without_prefix,
 )
-from remixdit.model import RemixConfig, RemixDiT
+from remixdit.model.config import RemixConfig
+from remixdit.model.model import RemixDiT
 
 __all__ = ["ImportConfig", "ImportOptions", "import_checkpoint", "run_import"]
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from remixdit.dit import SIZES, DiT, DiTConfig, sincos_positions
-from remixdit.selection import MIXED, mixed_names
+from remixdit.diffusion.dit import SIZES, DiT, DiTConfig, sincos_positions
+from remixdit.mixture.names import MIXED, mixed_names
 
 __all__ = [
     "LOGITS",

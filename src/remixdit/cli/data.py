@@ -1,0 +1,45 @@
+"""`remixdit data check DIR`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from remixdit.cli.arguments import parse
+from remixdit.cli.terminal import Bar, say
+from remixdit.data.check import check
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckArguments:
+    """Verify shards: counts, checksums, labels, statistics; show a contact sheet."""
+
+    directory: Positional[Path]
+    """Of shards."""
+    output: Path | None = None
+    """Write the contact sheet here, a .png."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Check a directory of shards and print what was found."""
+    action, *rest = args or [""]
+    if action in ("-h", "--help"):
+        print("usage: remixdit data check DIR [--output contact-sheet.png]")
+        return
+    if action != "check":
+        raise ValueError(f"data must be followed by check, got {action!r}")
+    arguments = parse(CheckArguments, rest, "data check")
+    output: Path | None = arguments.output
+    if output is not None and (output.suffix != ".png" or not output.parent.is_dir()):
+        raise ValueError(f"output must be a .png in a directory that exists, got {output}")
+    with Bar("check", 0, "files") as bar:
+        report = check(arguments.directory, lambda done, total: bar.update(done, total=total))
+    print("\n".join(report.summary()))
+    if output is not None and report.contact_sheet is not None:
+        report.contact_sheet.save(output)
+        say(f"wrote {output}")
+    if report.problems:
+        raise ValueError(f"{arguments.directory} has {len(report.problems)} problems")

@@ -1,0 +1,55 @@
+"""`remixdit encode SOURCE`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from remixdit import distributed
+from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.terminal import Bar, say
+from remixdit.data import EncodeConfig, check_apart, encode, open_source
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeArguments(EncodeConfig):
+    """Turn images into shards of latents or pixels; the same command again goes on."""
+
+    source: Positional[str]
+    """A folder of class folders, Parquet, npz, tar, mnist5k, or a data set of the hub."""
+    output: Path
+    """The directory of shards."""
+    split: str | None = None
+    """Which part of the source, such as train."""
+    device: str = "auto"
+    """auto, cpu or cuda: where the autoencoder runs; in bfloat16 on a GPU."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Encode this process's share of the images."""
+    arguments = parse(EncodeArguments, args, "encode")
+    device = distributed.pick_device(arguments.device)
+    config = replace(base_config(arguments, EncodeConfig), device=str(device))
+    check_apart(arguments.source, arguments.output, arguments.split)
+    source = open_source(arguments.source, arguments.split)
+    ranks = distributed.start(device)
+    skipped = total = 0
+    try:
+        with Bar("encode", len(source), "images") as bar:
+            for done, total, skipped in encode(
+                source,
+                arguments.output,
+                config,
+                rank=ranks.rank,
+                num_ranks=ranks.num_ranks,
+            ):
+                bar.update(done, f"{skipped} skipped" if skipped else "", total=total)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+    finally:
+        distributed.stop()
+    if skipped:
+        say(f"{skipped} of {total} images were skipped: {arguments.output}/index.json says why")

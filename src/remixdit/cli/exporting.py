@@ -1,0 +1,27 @@
+"""`remixdit export CHECKPOINT`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.terminal import say
+from remixdit.interchange import ExportConfig, run_export
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments(ExportConfig):
+    """Write plain networks, for code that knows nothing of mixtures."""
+
+    checkpoint: Positional[str]
+    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Export."""
+    config = base_config(parse(ExportArguments, args, "export"), ExportConfig)
+    run_export(config)
+    say(f"wrote {config.output}")

@@ -1,0 +1,29 @@
+"""`remixdit import SOURCE`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.terminal import say
+from remixdit.interchange import ImportConfig, run_import
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportArguments(ImportConfig):
+    """Turn a published checkpoint of DiT or Remix-DiT into a model directory."""
+
+    source: Positional[Path]
+    """A .pt or .safetensors file under the published names."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Import."""
+    config = base_config(parse(ImportArguments, args, "import"), ImportConfig)
+    model = run_import(config)
+    held = f", licence {model.config.license}" if model.config.license else ""
+    say(f"wrote {config.output}: K = {model.num_bases}, N = {model.num_experts}{held}")

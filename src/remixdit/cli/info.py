@@ -1,0 +1,75 @@
+"""`remixdit info CHECKPOINT`."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from tyro.conf import Positional
+
+from remixdit.cli.arguments import parse
+from remixdit.model.describe import describe
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoArguments:
+    """Say what a model is: sizes, intervals, coefficients, parameters, cost."""
+
+    checkpoint: Positional[str]
+    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+    json: bool = False
+    """Print everything as JSON."""
+    ema: bool = True
+    """Take the averaged weights of a run that has not finished."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Describe a model on stdout."""
+    arguments = parse(InfoArguments, args, "info")
+    facts = describe(arguments.checkpoint, ema=arguments.ema)
+    print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else text(facts))
+
+
+def text(facts: Mapping[str, Any]) -> str:
+    """Return the facts for a person."""
+    network, parameters = facts["network"], facts["parameters"]
+    step = "" if facts["step"] is None else f", step {facts['step']:,}"
+    return "\n".join(
+        [
+            f"weights      {facts['weights']}{step}",
+            f"network      {network['depth']} blocks of width {network['hidden_size']}, "
+            f"{network['num_heads']} heads, patch {network['patch_size']}",
+            f"latents      {network['in_channels']} x {network['input_size']} x "
+            f"{network['input_size']}, autoencoder {facts['autoencoder']['name']}",
+            f"classes      {network['num_classes']:,}",
+            f"predicts     {facts['prediction_type']}"
+            + (", with learned variance" if network["learn_sigma"] else ""),
+            f"mixture      K = {facts['num_bases']} bases, N = {facts['num_experts']} experts, "
+            f"{facts['coefficient_kind']}, of {facts['mixed']}",
+            f"parameters   {parameters['active']:,} active, {parameters['total']:,} in all",
+            f"cost         {facts['forward_flops_per_image'] / 1e9:,.3g} GFLOP an image and step, "
+            f"{facts['training_flops_per_image'] / 1e9:,.3g} in training",
+            *([f"licence      {facts['license']}"] if facts["license"] else []),
+            *(table(facts) if facts["num_experts"] > 1 else []),
+        ]
+    )
+
+
+def table(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the coefficients of every expert; with a table for each block, their mean."""
+    coefficients = facts["coefficients"]
+    if facts["per_block"]:
+        yield "coefficients, mean over the blocks:"
+        count = len(coefficients)
+        coefficients = [
+            [sum(values) / count for values in zip(*rows, strict=True)]
+            for rows in zip(*coefficients, strict=True)
+        ]
+    else:
+        yield "coefficients:"
+    for ends, row in zip(pairwise(facts["boundaries"]), coefficients, strict=True):
+        interval = f"[{ends[0]:g}, {ends[1]:g})"
+        yield f"  {interval:>16}  " + "  ".join(f"{value:5.2f}" for value in row)

@@ -1,0 +1,130 @@
+"""The command line: find the command, run it, turn what went wrong into one line.
+
+Exit codes: 0 done; 1 the machine failed (a full disk, too little memory); 2 the request makes no
+sense; 130 interrupted. Results go to stdout, all else to stderr.
+"""
+
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from remixdit import __version__
+
+__all__ = ["main"]
+
+# name: (module of remixdit.cli, what it does)
+COMMANDS = {
+    "quickstart": ("quickstart", "the main job on real digits, on a CPU in minutes, with a report"),
+    "encode": ("encode", "images -> shards of pixels or latents; resumable"),
+    "data": ("data", "check DIR: verify shards, show a contact sheet and the classes"),
+    "train": ("train", "train or fine-tune; the same command again resumes"),
+    "sample": ("sample", "draw images: a grid, an npz or files"),
+    "evaluate": ("evaluate", "score a model or images against real ones; experts by interval"),
+    "plot": ("plot", "figures of a run: losses, coefficients, gradients"),
+    "import": ("importing", "a published DiT or Remix-DiT checkpoint -> a model directory"),
+    "export": ("exporting", "a model -> plain DiTs, or diffusers"),
+    "study": ("study", "variants at equal budget over seeds: tables, figures, a report"),
+    "bench": ("bench", "train, sample or data: what this machine does, beside plain and naive"),
+    "info": ("info", "sizes, intervals, coefficients and cost of a model"),
+}
+
+# Errors of torch and safetensors, which are not imported just to be named: too little memory, and
+# what their files meet on a full disk.
+MACHINE_ERRORS = ("OutOfMemoryError", "SafetensorError")
+
+NO_MEMORY = "can't allocate memory"  # in a RuntimeError, which is what torch raises on a CPU
+
+PATIENCE_SECONDS = 3  # of all processes but the first, before they speak of errors
+
+HELP = """\
+usage: remixdit COMMAND ...
+
+{commands}
+
+remixdit COMMAND --help    says what a command takes
+remixdit --version         says which version this is
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    args = sys.argv[1:] if args is None else list(args)
+    log_to_stderr()
+    # It deprecates what diffusers does, which is not news for the user.
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+    try:
+        return run(args)
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":  # all processes are interrupted at once
+            complain(str(interrupt) or "interrupted")
+        return 130
+    except ValueError as error:
+        return failed(error, 2)
+    except (OSError, MemoryError, ArithmeticError) as error:
+        return failed(error, 1)
+    except Exception as error:
+        if "by peer" in str(error):  # gloo's word for it; torchrun tells which one, and why
+            error = ConnectionError("another process has ended")
+        elif type(error).__name__ not in MACHINE_ERRORS and NO_MEMORY not in str(error):
+            raise
+        return failed(error, 1)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command."""
+    name, *rest = args or ["--help"]
+    if name in ("-h", "--help"):
+        lines = (f"  {command:10} {purpose}" for command, (_, purpose) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    if name == "--version":
+        print(f"remixdit {__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, 1)
+        meant = f"perhaps {close[0]}" if close else f"there are {', '.join(COMMANDS)}"
+        raise ValueError(f"no command {name!r}: {meant}")
+    module = import_module(f"remixdit.cli.{COMMANDS[name][0]}")
+    try:
+        module.run(rest)
+    except SystemExit as end:  # after --help
+        return int(end.code or 0)
+    return 0
+
+
+def log_to_stderr() -> None:
+    """Show the library's warnings, a line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("remixdit: %(message)s"))
+    logging.getLogger("remixdit").handlers = [handler]
+
+
+def failed(error: Exception, code: int) -> int:
+    """Say in one line what went wrong; return the exit code."""
+    if os.environ.get("REMIXDIT_TRACEBACK"):
+        traceback.print_exception(error)
+    name = type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'cannot read or write'}: {error.strerror}"
+    else:
+        text = " ".join(str(error).split()) or name
+    complain(f"error: {text}")
+    return code
+
+
+def complain(text: str) -> None:
+    """Write one line to stderr.
+
+    What is wrong with a request is wrong for every process, and the first says it. Another waits:
+    it speaks if torchrun has not ended it by then, for what went wrong is its own.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "remixdit" if rank == "0" else f"remixdit, process {rank}"
+    time.sleep(0 if rank == "0" else PATIENCE_SECONDS)
+    print(f"{who}: {text}", file=sys.stderr)

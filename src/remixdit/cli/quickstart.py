@@ -1,0 +1,28 @@
+"""`remixdit quickstart`."""
+
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+
+from remixdit.cli.arguments import parse
+from remixdit.cli.terminal import Bar, say
+from remixdit.study.quickstart import QuickstartConfig, next_commands, quickstart
+
+__all__ = ["run"]
+
+
+def run(args: Sequence[str]) -> None:
+    """Run all stages, with a bar each, and say where to look."""
+    config = parse(QuickstartConfig, args, "quickstart")
+    try:
+        for stage, reports in groupby(quickstart(config), key=lambda progress: progress.stage):
+            if not sys.stderr.isatty():
+                say(stage)
+            with Bar(stage, 1) as bar:
+                for progress in reports:
+                    bar.update(progress.done, progress.note, total=progress.total)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+    say(f"look at {config.output_dir / 'report.html'}, then try")
+    for command in next_commands(config):
+        say(f"  {command}")

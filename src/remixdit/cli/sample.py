@@ -1,0 +1,122 @@
+"""`remixdit sample CHECKPOINT`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from tyro.conf import Positional
+
+from remixdit import distributed
+from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.terminal import Bar, say
+from remixdit.data.autoencoder import LatentAutoencoder, Pixels, load_autoencoder
+from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
+from remixdit.sampling.files import claim, target_of, write_about, write_samples
+from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
+from remixdit.training.config import PRECISIONS
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(SamplingConfig):
+    """Draw images. Image i depends on (seed, i) alone."""
+
+    checkpoint: Positional[str]
+    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+    output: str
+    """out.png for a grid, out.npz for arrays, a directory for a file each."""
+    overwrite: bool = False
+    """Replace what an earlier sampling wrote there."""
+    class_labels: str = ""  # type: ignore[assignment]  # names need the model
+    """Numbers or names with commas between; images cycle through them. By default all classes."""
+    ema: bool = True
+    """Take the averaged weights of a run that has not finished."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "fp32"
+    """fp32 or bf16."""
+    compile: bool = False
+    """Compile the network, once for all experts: slow to start, then faster."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        super().__post_init__()
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+
+
+def run(args: Sequence[str]) -> None:
+    """Sample."""
+    arguments = parse(SampleArguments, args, "sample")
+    try:
+        draw(arguments)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; a directory without samples.json is not whole, --overwrite begins again"
+        ) from None
+    finally:
+        distributed.stop()
+
+
+def draw(arguments: SampleArguments) -> None:
+    """Draw the images and write them."""
+    target = target_of(arguments.output)
+    device = distributed.pick_device(arguments.device)
+    model = load_model(arguments.checkpoint, ema=arguments.ema, device=str(device))
+    config = sampling_config(arguments, model)
+    class_labels = labels_of(model, config).tolist()
+    model.mixture.cast_network(PRECISIONS[arguments.precision])
+    if arguments.compile:
+        model.network.compile()
+    autoencoder = load_autoencoder(model.config.autoencoder)
+    channels = model.config.network.in_channels
+    if isinstance(autoencoder, Pixels) and channels not in (1, 3):
+        raise ValueError(
+            f"autoencoder must be known for a model of {channels} channels, got none: import it "
+            "again with --autoencoder"
+        )
+    if isinstance(autoencoder, LatentAutoencoder):
+        autoencoder.to(device)
+    ranks = distributed.start(device)
+    if ranks.num_ranks > 1 and target.kind != "folder":
+        raise ValueError(f"output must be a directory for several processes, got {target.path}")
+    if ranks.is_first:
+        claim(target, arguments.overwrite)
+    distributed.barrier()
+    batches = sample(model, autoencoder, config, ranks.rank, ranks.num_ranks)
+    with Bar("sample", -(-config.num_images // ranks.num_ranks), "images") as bar:
+        for done in write_samples(target, batches, class_labels, model.config.class_names):
+            bar.update(done)
+    distributed.barrier()
+    if ranks.is_first:
+        facts = {"scheduler": config.resolved_scheduler(model), "precision": arguments.precision}
+        about = {"checkpoint": arguments.checkpoint, "sampling": {**asdict(config), **facts}}
+        write_about(target, {**about, "class_labels": class_labels})
+        say(f"wrote {config.num_images} images to {arguments.output}")
+
+
+def sampling_config(arguments: SampleArguments, model: RemixDiT) -> SamplingConfig:
+    """Return how to sample, after checking that it fits the model."""
+    labels = label_numbers(arguments.class_labels, model.config.class_names)
+    config = replace(base_config(arguments, SamplingConfig), class_labels=labels)
+    config.resolved_scheduler(model)
+    return config
+
+
+def label_numbers(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return the labels meant by "3,7" or "cat,dog"; digits are always a number."""
+    labels = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        if word.lstrip("-").isdecimal():
+            labels.append(int(word))
+        elif word in class_names:
+            labels.append(class_names.index(word))
+        else:
+            known = json.dumps(class_names[:10], ensure_ascii=False)
+            raise ValueError(
+                f"class_labels must be numbers or names of the model's {len(class_names)} classes "
+                f"(such as {known}), got {word!r}"
+            )
+    return tuple(labels)

@@ -1,0 +1,87 @@
+"""`remixdit train PRESET`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from remixdit import distributed
+from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.terminal import Bar, say
+from remixdit.data import Progress as Encoded
+from remixdit.model.loading import newest_checkpoint
+from remixdit.training.config import TrainConfig
+from remixdit.training.loop import Progress, train
+from remixdit.training.presets import PRESETS, preset
+
+__all__ = ["run"]
+
+HELP = """\
+usage: remixdit train PRESET --data SOURCE --output-dir RUN [OPTIONS]
+
+{presets}
+
+remixdit train PRESET --help    lists all options with the preset's values
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainConfig):
+    """Train or fine-tune; the same command again resumes."""
+
+    init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Start from this model: a plain DiT to remix, or a mixture to go on with."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Train."""
+    name, *rest = args or [""]
+    if name in ("-h", "--help"):
+        lines = (
+            f"  {key:14}{value.summary}\n{'':16}{value.result}" for key, value in PRESETS.items()
+        )
+        print(HELP.format(presets="\n".join(lines)), end="")
+        return
+    if not name or name.startswith("-"):
+        raise ValueError(f"preset must come first, one of {', '.join(PRESETS)}, got {name!r}")
+    settings: dict[str, Any] = dict(preset(name).settings)
+    default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
+    config = base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
+    try:
+        follow(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_resume(config)) from None
+    finally:
+        distributed.stop()
+
+
+def follow(config: TrainConfig) -> None:
+    """Train, with a progress bar."""
+    loss, progress = "", None
+    with Bar("train", config.steps, "images", config.batch_size) as bar:
+
+        def encoding(done: Encoded) -> None:
+            bar.show(f"encoding {config.data}: {done.images_done} of {done.num_images} images")
+
+        for progress in train(config, encoding):
+            if progress.metrics is not None:
+                loss = f"loss {progress.metrics['loss']:.4f}"
+            bar.update(progress.step, loss, active(progress))
+    if progress is None:
+        say(f"{config.output_dir} has its {config.steps} steps already; more --steps extend it")
+
+
+def active(progress: Progress) -> str:
+    """Return which experts a step trained."""
+    experts = progress.experts
+    if len(experts) > 4:
+        return f"{len(experts)} experts"
+    return f"expert{'s' * (len(experts) > 1)} {' '.join(map(str, experts))}"
+
+
+def how_to_resume(config: TrainConfig) -> str:
+    """Return where an interrupted run goes on."""
+    newest = newest_checkpoint(config.output_dir)
+    step = int(newest.name.removeprefix("step-")) if newest else 0
+    return f"interrupted; the same command goes on from step {step}"

@@ -1,1 +1,0 @@
-"""One module a command; `run(args)` parses, calls the library and prints."""

@@ -1,0 +1,1 @@
+"""A plain DiT, noise and loss, intervals. It never hears of mixing."""

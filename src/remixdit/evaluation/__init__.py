@@ -1,0 +1,1 @@
+"""Images against real ones, experts against intervals."""

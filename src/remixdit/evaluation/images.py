@@ -1,0 +1,296 @@
+"""Images of a model, or on disk, against real ones: every score, and what it was measured under.
+
+Samples go straight through the extractor; only features are kept. Several processes share all
+images batch by batch, so the scores do not depend on how many there are, and the first one has
+the result.
+"""
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from remixdit.distributed.ranks import Ranks
+from remixdit.evaluation.checks import conditional_accuracy, copies, matched_labels
+from remixdit.evaluation.features import Extractor, Reference, load_extractor, read_reference
+from remixdit.evaluation.image_sets import ImageSet, check_npz, npz_images, open_images
+from remixdit.evaluation.scores import FeatureSet, collect, scores
+from remixdit.evaluation.subjects import Subject
+from remixdit.machine import machine
+
+__all__ = ["ImageConfig", "Under", "evaluate_images"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """What images are compared with, and how."""
+
+    reference: str = ""
+    """Real images (shards, a folder, Parquet, npz, tar, a name), or an .npz of statistics."""
+    split: str | None = None
+    """Which part of the reference, such as test."""
+    train: str | None = None
+    """What the model was trained on: tells whether samples are copies of it."""
+    train_split: str | None = None
+    """Which part of it, such as train."""
+    extractor: str = "lite0"
+    """lite0 (offline), inception (FID's own) or dinov2."""
+    extractor_weights: str | None = None
+    """inception: a file, or download; dinov2: a hub id or directory."""
+    reference_images: int = 50_000
+    """Real images at most, drawn by seed when there are more; 0 for all."""
+    real_floor: bool = True
+    """Score real images against others too."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if self.reference_images < 0 or self.reference_images == 1:
+            raise ValueError(
+                f"reference_images must be 0 or at least 2, got {self.reference_images}"
+            )
+        if self.train_split and not self.train:
+            raise ValueError(f"train_split must come with train, got {self.train_split!r} alone")
+
+
+class Under(NamedTuple):
+    """What is under way."""
+
+    name: str
+    done: int
+    total: int
+
+
+class Real(NamedTuple):
+    """What is known of real images."""
+
+    images: ImageSet | None
+    statistics: Reference | None
+
+
+def evaluate_images(
+    subject: Subject,
+    config: ImageConfig,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    seed: int = 0,
+) -> Iterator[Under | dict[str, Any]]:
+    """Score images against real ones; yields what is under way, and last the result.
+
+    The result holds JSON values, complete on the first process and empty on others.
+
+    Args:
+        subject: What is under test.
+        config: What it is compared with.
+        device: Of the extractor and the metrics.
+        ranks: Which of the processes this one is.
+        seed: Of whatever the metrics draw.
+    """
+    ranks = ranks or Ranks()
+    extractor = open_extractor(config, device)
+    real = open_real(config, subject.images, extractor, seed)
+    train = open_train(config, subject.images, real, seed)
+    if len(subject.images) < 2:
+        raise ValueError(f"num_images must be at least 2, got {len(subject.images)}")
+    sets = {"reference": real.images, "train": train, "samples": subject.images}
+    found = yield from all_extracted(sets, extractor, ranks)
+    if not ranks.is_first:
+        yield {}
+        return
+    fake, rows = found["samples"]
+    result: dict[str, Any] = {
+        "evaluated": {**subject.facts, **facts_of(subject.images, rows)},
+        "reference": reference_facts(config, real, found.get("reference")),
+        "extractor": extractor.facts(),
+    }
+    yield Under("scores", 0, 2)
+    result["scores"] = scores(
+        found["reference"][0] if "reference" in found else None,
+        fake,
+        extractor.name,
+        statistics=real.statistics,
+        seed=seed,
+        with_floor=config.real_floor,
+    )
+    yield Under("checks", 1, 2)
+    result["conditional_accuracy"] = accuracy_of(subject.images, real.images, found, seed)
+    result["memorisation"] = memorisation_of(sets, found, seed)
+    result["notes"] = list(notes(subject, real, extractor, len(fake.pool)))
+    result["machine"] = machine(device)
+    yield Under("checks", 2, 2)
+    yield result
+
+
+def all_extracted(
+    sets: Mapping[str, ImageSet | None], extractor: Extractor, ranks: Ranks
+) -> Generator[Under, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
+    """Return the features and rows of each set that there is."""
+    found: dict[str, tuple[FeatureSet, np.ndarray]] = {}
+    for name, images in sets.items():
+        if images is not None:
+            found[name] = yield from extracted(name, images, extractor, ranks)
+    return found
+
+
+def extracted(
+    name: str, images: ImageSet, extractor: Extractor, ranks: Ranks
+) -> Generator[Under, None, tuple[FeatureSet, np.ndarray]]:
+    """Return the features of a set, and which of its images they are of."""
+    share = -(-len(images) // ranks.num_ranks)
+    yield Under(name, 0, share)
+    progress = collect(images.batches(ranks.rank, ranks.num_ranks), len(images), extractor)
+    while True:
+        try:
+            yield Under(name, next(progress), share)
+        except StopIteration as end:
+            features, rows = end.value
+            return features, rows.cpu().numpy()
+
+
+def open_extractor(config: ImageConfig, device: torch.device) -> Extractor:
+    """Load the extractor; what it lacks is the user's to add."""
+    weights = config.extractor_weights
+    is_file = weights is not None and Path(weights).is_file()
+    by_name = {"dinov2": (weights,), "inception": (None, "download")}.get(config.extractor, (None,))
+    if not is_file and weights not in by_name:
+        raise ValueError(f"extractor_weights must be a file, got {weights}")
+    try:
+        return load_extractor(config.extractor, weights=weights, device=device)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    except (UnpicklingError, RuntimeError) as error:  # torch's words for what is no such file
+        raise ValueError(
+            f"extractor_weights must be weights of extractor {config.extractor}, got {weights}"
+        ) from error
+
+
+def open_real(config: ImageConfig, fake: ImageSet, extractor: Extractor, seed: int) -> Real:
+    """Open the reference: images, statistics or both."""
+    if not config.reference:
+        raise ValueError("reference must be given: real images, or an .npz of their statistics")
+    path, count = Path(config.reference), config.reference_images
+    statistics = statistics_in(path)
+    if statistics is None or statistics.pool is None:
+        images = open_images(
+            path, config.split, fake.image_size, fake.channels, device=extractor.device
+        ).drawn(count, seed)
+        if len(images) < 2:
+            raise ValueError(f"reference must hold at least 2 images, got {len(images)} in {path}")
+        return Real(images, None)
+    if config.split is not None:
+        raise ValueError(f"split must be left out for an .npz, got {config.split!r}")
+    fits = len(statistics.pool[0]) == extractor.num_features
+    if statistics.image_shape is None:
+        if not fits:
+            raise ValueError(
+                f"reference must hold statistics of the {extractor.num_features} features of "
+                f"extractor {extractor.name}, or images, got {len(statistics.pool[0])} in {path}"
+            )
+        return Real(None, statistics)
+    if fits and statistics.image_shape[1:3] != 2 * (fake.image_size,):
+        raise ValueError(
+            f"reference must be of images of {fake.image_size} pixels, as those under test, got "
+            f"{statistics.image_shape[1]} in {path}"
+        )
+    images = npz_images(statistics, fake.image_size, fake.channels).drawn(count, seed)
+    return Real(images, statistics if fits else None)
+
+
+def statistics_in(path: Path) -> Reference | None:
+    """Return what an .npz holds, None for anything else."""
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    check_npz(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        names = arrays.files
+    return read_reference(path) if "mu" in names else None
+
+
+def open_train(config: ImageConfig, fake: ImageSet, real: Real, seed: int) -> ImageSet | None:
+    """Open what the model was trained on, if it is named."""
+    if config.train is None:
+        return None
+    if real.images is None:
+        raise ValueError("train needs a reference of images: the held-out ones, got statistics")
+    train = open_images(config.train, config.train_split, fake.image_size, fake.channels)
+    if train.fingerprint == real.images.fingerprint:
+        raise ValueError(f"train must be other images than the reference, got {config.train}")
+    return train.drawn(config.reference_images, seed)
+
+
+def facts_of(images: ImageSet, rows: np.ndarray) -> dict[str, Any]:
+    """Return what is known of images that were looked at."""
+    return {
+        "name": images.name,
+        "num_images": len(rows),
+        "unreadable": len(images) - len(rows),
+        "image_size": images.image_size,
+        "channels": images.channels,
+    }
+
+
+def reference_facts(
+    config: ImageConfig, real: Real, found: tuple[FeatureSet, np.ndarray] | None
+) -> dict[str, Any]:
+    """Return what is known of the reference."""
+    facts: dict[str, Any] = {
+        "path": config.reference,
+        "split": config.split,
+        "statistics": None,
+    }
+    known = statistics_in(Path(config.reference))
+    if known is not None:
+        facts["statistics"] = "of the file" if real.statistics else "of another extractor, not used"
+    if real.images is not None and found is not None:
+        facts |= {**facts_of(real.images, found[1]), "fingerprint": real.images.fingerprint}
+    return facts
+
+
+Found = dict[str, tuple[FeatureSet, np.ndarray]]
+
+
+def accuracy_of(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> dict[str, Any]:
+    """Return the conditional accuracy, or why there is none."""
+    labels = "needs images of the reference" if real is None else matched_labels(fake, real)
+    if real is None or isinstance(labels, str):
+        return {"value": None, "left_out": labels}
+    (known, known_rows), (features, rows) = found["reference"], found["samples"]
+    return conditional_accuracy(
+        known.pool, real.class_labels[known_rows], features.pool, labels[rows], seed
+    )
+
+
+def memorisation_of(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -> dict[str, Any]:
+    """Return whether samples are copies, or why that cannot be told."""
+    if "train" not in found:
+        return {"value": None, "left_out": "needs the training images (--train)"}
+    fake, train, held_out = (found[name][0].pool for name in ("samples", "train", "reference"))
+    result = copies(fake, train, held_out, seed)
+    for pair in result["closest"]:
+        for field, name in (("image", "samples"), ("train_image", "train")):
+            images, rows = sets[name], found[name][1]
+            assert images is not None
+            pair[field] = int(images.numbers(rows[[pair[field]]])[0])
+    return result
+
+
+def notes(subject: Subject, real: Real, extractor: Extractor, count: int) -> Iterator[str]:
+    """Yield what a reader of the scores should know."""
+    if count <= extractor.num_features:
+        yield (
+            f"{count} images are no more than the {extractor.num_features} features: the Fréchet "
+            "distance is mostly its floor, look at the kernel distance"
+        )
+    for images in (subject.images, real.images):
+        if images is not None and images.note:
+            yield f"{images.name}: {images.note}"
+    if real.images is not None and real.images.fingerprint == subject.images.fingerprint:
+        yield "the images under test are the reference itself"
+    if real.statistics is not None:
+        yield (
+            "the file of statistics does not say which extractor made them; published ones are "
+            "of FID's own Inception"
+        )

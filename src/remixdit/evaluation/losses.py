@@ -1,0 +1,152 @@
+"""Validation losses: every expert on every interval, with noise paired across models.
+
+The cheap and low-noise measure of progress: the same images, timesteps and noise for every model
+and every expert, so that differences are differences of the weights. The mean over the intervals,
+each by its own expert and its share of the timesteps, is the number that training drives down.
+
+Shapes: n images, N experts, I intervals, C H W latents.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remixdit.data import ShardDataset
+from remixdit.diffusion.intervals import Intervals
+from remixdit.model.model import RemixDiT
+from remixdit.seeds import generator_for
+
+__all__ = ["Held", "held_out", "interval_losses", "loss_matrix", "losses_on"]
+
+
+class Held(NamedTuple):
+    """Images to measure on."""
+
+    latents: Tensor
+    """(n, C, H, W) float32."""
+    class_labels: Tensor
+    """(n,) int64."""
+
+
+def held_out(dataset: ShardDataset, num_images: int, seed: int = 0) -> Held:
+    """Return the first images of a data set, each posterior drawn once from (seed, image)."""
+    if not 1 <= num_images <= len(dataset):
+        raise ValueError(f"num_images must be in 1..{len(dataset)}, got {num_images}")
+    indices = np.arange(num_images)
+    return Held(*dataset.read(indices, np.zeros_like(indices), seed))
+
+
+def interval_losses(
+    model: RemixDiT,
+    held: Held,
+    intervals: Intervals,
+    *,
+    experts: Iterable[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """Measure experts on intervals.
+
+    Args:
+        model: Its weights, as they are.
+        held: n images.
+        intervals: I of them; the model's own, or others for a plain DiT.
+        experts: The experts to measure on every interval; by default each image is measured
+            with the owner of its timestep alone.
+        seed: Of the timesteps and the noise; the same for two models pairs them.
+        batch_size: Images at a time; does not change the result.
+
+    Returns:
+        (E, I, n) float64 mean squared errors of the prediction, E = 1 by default.
+    """
+    chosen = None if experts is None else list(experts)
+    parts = [
+        losses_on(model, held, intervals, interval, chosen, seed, batch_size)
+        for interval in range(intervals.num_experts)
+    ]
+    return np.stack(parts, axis=1)
+
+
+def losses_on(
+    model: RemixDiT,
+    held: Held,
+    intervals: Intervals,
+    interval: int,
+    experts: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """Measure experts on one interval: (E, n), as `interval_losses` does on all of them."""
+    points = drawn_points(held, intervals, interval, generator_for(seed, "validation", interval))
+    if experts is None:
+        return measure_owners(model, held, points, squared_error, batch_size)[None]
+    return np.stack(
+        [measure(model, expert, held, points, squared_error, batch_size) for expert in experts]
+    )
+
+
+class Points(NamedTuple):
+    """Where on the path from data to noise each image is looked at."""
+
+    timesteps: Tensor
+    """(n,)."""
+    noise: Tensor
+    """(n, C, H, W)."""
+
+    def rows(self, rows: Tensor) -> "Points":
+        """Return those of some images."""
+        return Points(self.timesteps[rows], self.noise[rows])
+
+
+def drawn_points(
+    held: Held, intervals: Intervals, interval: int, generator: torch.Generator
+) -> Points:
+    """Draw a timestep inside an interval, and noise, for each image."""
+    timesteps = intervals.draw_timesteps(interval, len(held.latents), generator)
+    return Points(timesteps, torch.randn(held.latents.shape, generator=generator))
+
+
+# (model, output, clean latents, points) -> (B,), one number an image
+Measure = Callable[[RemixDiT, Tensor, Tensor, Points], Tensor]
+
+
+def squared_error(model: RemixDiT, output: Tensor, latents: Tensor, points: Points) -> Tensor:
+    """Return the mean squared error of the prediction."""
+    return model.process.loss(output, latents, points.noise, points.timesteps).mse
+
+
+def measure_owners(
+    model: RemixDiT, held: Held, points: Points, what: Measure, batch_size: int
+) -> np.ndarray:
+    """Return (n,) what the expert that owns each image's timestep measures."""
+    experts = model.intervals.expert_at(points.timesteps)
+    found = np.empty(len(held.latents))
+    for expert in torch.unique(experts).tolist():
+        rows = (experts == expert).nonzero()[:, 0]
+        own = Held(held.latents[rows], held.class_labels[rows])
+        found[rows.numpy()] = measure(model, expert, own, points.rows(rows), what, batch_size)
+    return found
+
+
+@torch.no_grad()
+def measure(
+    model: RemixDiT, expert: int, held: Held, points: Points, what: Measure, batch_size: int
+) -> np.ndarray:
+    """Return (n,) what one expert measures at the given timesteps and noise."""
+    parts = []
+    for rows in torch.split(torch.arange(len(held.latents)), batch_size):
+        latents, labels = (values[rows].to(model.device) for values in held)
+        part = Points(*(values[rows].to(model.device) for values in points))
+        noisy = model.process.add_noise(latents, part.noise, part.timesteps)
+        output = model.predict(expert, noisy, part.timesteps, labels)
+        parts.append(what(model, output, latents, part).double().cpu())
+    return torch.cat(parts).numpy()
+
+
+def loss_matrix(model: RemixDiT, held: Held, *, seed: int = 0) -> np.ndarray:
+    """Return the (N, N) mean loss of every expert on every interval (figure 4c of 2412.05628)."""
+    experts = range(model.num_experts)
+    return interval_losses(model, held, model.intervals, experts=experts, seed=seed).mean(-1)

@@ -1,0 +1,75 @@
+"""Figures of a training run, from its metrics and its newest weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from remixdit.figures.plots import (
+    coefficients_heatmap,
+    gradient_curve,
+    loss_by_interval,
+    loss_curve,
+)
+from remixdit.model.describe import describe
+from remixdit.model.loading import find_model
+from remixdit.training.run import read_metrics, stated_settings
+
+__all__ = ["run_figures"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
+    """Yield the (name, figure) of whatever a run has to show.
+
+    Args:
+        run_dir: Of a run, finished or not; without a checkpoint only the loss curve can be drawn.
+    """
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise ValueError(f"run must have lines in metrics.jsonl, got {run_dir}")
+    steps = [row["step"] for row in rows]
+    yield "loss", loss_curve({"training": (steps, [row["loss"] for row in rows])})
+    try:
+        find_model(run_dir)
+    except ValueError:
+        return  # no checkpoint yet
+    facts = describe(run_dir)
+    yield "loss-by-interval", loss_by_interval(interval_losses(rows), boundaries_of(run_dir, facts))
+    if facts["num_bases"] > 1:
+        yield "coefficients", coefficients_heatmap(facts["coefficients"], facts["boundaries"])
+    if facts["num_bases"] > 1 and facts["coefficient_kind"] != "one_hot":
+        task, prior = ([row[f"logits_{of}_grad"] for row in rows] for of in ("task", "prior"))
+        yield "gradients", gradient_curve(steps, task, prior)
+
+
+def interval_losses(rows: Rows) -> dict[str, np.ndarray]:
+    """Return the mean losses (I,) over the first and the last fifth of a run."""
+    losses = np.array([row["loss_by_interval"] for row in rows], dtype=float)  # (S, I), None: NaN
+    size = max(1, len(losses) // 5)
+    last = {f"steps {span(rows[-size:])}": mean_over_steps(losses[-size:])}
+    if len(losses) == 1:
+        return last
+    return {f"steps {span(rows[:size])}": mean_over_steps(losses[:size]), **last}
+
+
+def mean_over_steps(losses: np.ndarray) -> np.ndarray:
+    """Return the means (I,) of (S, I) without the NaN; NaN where nothing was drawn."""
+    seen = np.isfinite(losses)
+    sums = np.where(seen, losses, 0).sum(0)
+    return np.where(seen.any(0), sums / np.maximum(seen.sum(0), 1), np.nan)
+
+
+def span(rows: Rows) -> str:
+    """Return the steps that lines of metrics end at."""
+    first, last = rows[0]["step"], rows[-1]["step"]
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
+def boundaries_of(run_dir: Path, facts: Mapping[str, Any]) -> Sequence[float]:
+    """Return the ends of the intervals that losses were logged for: experts', or strata."""
+    stated = stated_settings(run_dir) or {}
+    return list(stated.get("boundaries", facts["boundaries"]))

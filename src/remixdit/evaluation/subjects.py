@@ -1,0 +1,120 @@
+"""What is under test: the images that a model draws, or images on disk."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, Pixels, load_autoencoder
+from remixdit.evaluation.image_sets import ImageBatch, ImageSet, open_images
+from remixdit.images.source import UNLABELLED, numbered_class_names
+from remixdit.model.model import RemixDiT
+from remixdit.sampling.files import ABOUT_FILE
+from remixdit.sampling.sampler import SamplingConfig, labels_of, sample_latents
+
+__all__ = ["Subject", "files_subject", "model_subject"]
+
+
+class Subject(NamedTuple):
+    """What is under test."""
+
+    images: ImageSet
+    facts: dict[str, Any]
+    """Where they come from, and how they were drawn, as JSON values."""
+
+
+def model_subject(
+    checkpoint: str, model: RemixDiT, sampling: SamplingConfig, facts: dict[str, Any]
+) -> Subject:
+    """Return the images that a model draws when they are asked for.
+
+    Args:
+        checkpoint: What the user called the model.
+        model: On its device, in its precision.
+        sampling: How to draw them; image i depends on (seed, i) alone.
+        facts: More to say beside the scores, such as the precision.
+    """
+    scheduler = sampling.resolved_scheduler(model)
+    labels = labels_of(model, sampling).numpy()
+    autoencoder = load_autoencoder(model.config.autoencoder)
+    network = model.config.network
+    size, channels = network.input_size, network.in_channels
+    if isinstance(autoencoder, LatentAutoencoder):
+        autoencoder.to(model.device)
+        size, channels = size * autoencoder.downsampling, int(autoencoder.config["out_channels"])
+    if isinstance(autoencoder, Pixels) and channels not in (1, 3):
+        raise ValueError(
+            f"autoencoder must be known for a model of {channels} channels, got none: import it "
+            "again with --autoencoder"
+        )
+
+    def read(parts: Sequence[np.ndarray]) -> Iterator[ImageBatch]:
+        for rows in parts:
+            yield ImageBatch(rows, drawn_images(model, autoencoder, sampling, rows))
+
+    names = model.config.class_names or tuple(map(str, range(network.num_classes)))
+    images = ImageSet(
+        name=str(checkpoint),
+        image_size=size,
+        channels=channels,
+        class_labels=labels if network.num_classes else np.full_like(labels, UNLABELLED),
+        class_names=names,
+        fingerprint="",
+        read=read,
+        batch_size=sampling.batch_size,
+    )
+    about = {**asdict(sampling), "scheduler": scheduler, "labels": label_scheme(model, sampling)}
+    del about["num_images"], about["precompute"]
+    return Subject(images, {"checkpoint": str(checkpoint), "sampling": {**about, **facts}})
+
+
+def drawn_images(
+    model: RemixDiT, autoencoder: Autoencoder, sampling: SamplingConfig, rows: np.ndarray
+) -> np.ndarray:
+    """Return the samples (B, H, W, C) uint8 of the given indices."""
+    latents = sample_latents(model, sampling, rows.tolist())
+    if not latents.isfinite().all():
+        raise ArithmeticError("samples must be finite, got nan or inf: the model has diverged")
+    return autoencoder.decode(latents).cpu().numpy()
+
+
+def label_scheme(model: RemixDiT, sampling: SamplingConfig) -> str:
+    """Return in words which labels the images are drawn for."""
+    classes = model.config.network.num_classes
+    if not classes:
+        return "none: the model is unconditional"
+    if sampling.class_labels:
+        return f"balanced: image i takes label i mod {len(sampling.class_labels)} of class_labels"
+    return f"balanced: image i takes label i mod {classes}, all classes in turn"
+
+
+def files_subject(
+    path: str, num_images: int = 0, image_size: int | None = None, seed: int = 0
+) -> Subject:
+    """Return images on disk: an .npz, a folder, shards or a collection.
+
+    Args:
+        path: Where; a folder that `remixdit sample` wrote says how they were drawn.
+        num_images: How many are drawn by `seed`; 0 for all.
+        image_size: They are scaled and cut to it; by default they must be of one size.
+        seed: Of the draw.
+    """
+    images = open_images(path, image_size=image_size)
+    facts: dict[str, Any] = {"path": str(path), "sampling": None}
+    about_file = Path(path) / ABOUT_FILE
+    if about_file.is_file():
+        about = json.loads(about_file.read_text("utf-8"))
+        facts |= {"checkpoint": about["checkpoint"], "sampling": about["sampling"]}
+        labels = np.array(about["class_labels"], np.int64)
+        if len(labels) != len(images):
+            raise ValueError(
+                f"{about_file} must tell of the {len(images)} images beside it, got {len(labels)}"
+            )
+        names = numbered_class_names(labels)
+        images = replace(images, class_labels=labels, class_names=names)
+    if num_images > len(images):
+        raise ValueError(f"num_images must be at most {len(images)} for {path}, got {num_images}")
+    return Subject(images.drawn(num_images, seed), facts)

@@ -1,0 +1,1 @@
+"""Arrays => figures, grids of images, one HTML file."""

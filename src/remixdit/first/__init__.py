@@ -1,0 +1,1 @@
+"""The first design of the mixture, on its way out."""

@@ -1,0 +1,1 @@
+"""Pictures from anywhere => square uint8."""

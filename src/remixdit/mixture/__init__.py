@@ -1,0 +1,1 @@
+"""K bases mixed into N experts, of any nn.Module. It never hears of diffusion."""

@@ -1,0 +1,116 @@
+"""What a Remix-DiT is, apart from its weights: `config.json`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from remixdit.diffusion.dit import DiTConfig
+from remixdit.diffusion.intervals import Intervals
+from remixdit.diffusion.noise import Diffusion, Flow, linear_betas
+
+__all__ = ["RemixConfig", "noise_process"]
+
+FORMAT_VERSION = 1
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemixConfig:
+    """What a Remix-DiT is, apart from its weights; `config.json`."""
+
+    network: DiTConfig = field(default_factory=DiTConfig)
+    """Shape of the network."""
+    num_bases: int = 4
+    """K, in 1..N."""
+    num_experts: int = 20
+    """N, at least 1."""
+    mixed: str | tuple[str, ...] = "attention+mlp"
+    """What is mixed: attention+mlp, all, or patterns of parameter names with commas between."""
+    coefficients: str = "softmax"
+    """softmax, raw or one_hot."""
+    per_block: bool = False
+    """One coefficient table a block instead of one for all."""
+    boundaries: tuple[int, ...] | tuple[float, ...] | None = None
+    """(N + 1,) where the intervals begin and end; None for equal widths."""
+    prediction_type: str = "epsilon"
+    """epsilon, v_prediction or flow_prediction."""
+    num_train_timesteps: int = 1000
+    """T of the linear betas; not used by flow matching."""
+    class_names: tuple[str, ...] = ()
+    """One name a class, if known."""
+    autoencoder: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    """Between latents and pixels."""
+    license: str = ""
+    """Of the weights, where they came with one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together; fill in the boundaries."""
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, "
+                f"got {self.prediction_type!r}"
+            )
+        if self.is_flow and self.network.learn_sigma:
+            raise ValueError("learn_sigma must be false for flow_prediction, got true")
+        if self.class_names and len(self.class_names) != self.network.num_classes:
+            raise ValueError(
+                f"class_names must be {self.network.num_classes} names, got {len(self.class_names)}"
+            )
+        if self.boundaries is None:
+            object.__setattr__(self, "boundaries", self._uniform().boundaries)
+        elif len(self.boundaries) != self.num_experts + 1:
+            raise ValueError(
+                f"boundaries must be {self.num_experts + 1} numbers for num_experts "
+                f"{self.num_experts}, got {len(self.boundaries)}"
+            )
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether time is continuous."""
+        return self.prediction_type == "flow_prediction"
+
+    def intervals(self) -> Intervals:
+        """Return which expert owns which timesteps."""
+        assert self.boundaries is not None
+        if self.is_flow:
+            return Intervals(tuple(float(value) for value in self.boundaries))
+        intervals = Intervals(tuple(int(value) for value in self.boundaries))
+        if intervals.boundaries[-1] != self.num_train_timesteps:
+            raise ValueError(
+                f"boundaries must end at num_train_timesteps {self.num_train_timesteps}, "
+                f"got {intervals.boundaries[-1]}"
+            )
+        return intervals
+
+    def _uniform(self) -> Intervals:
+        if self.is_flow:
+            return Intervals.continuous(self.num_experts)
+        return Intervals.uniform(self.num_experts, self.num_train_timesteps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the configuration that `to_json` gave."""
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version}")
+        unknown = sorted(values.keys() - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(f"config.json must hold known fields only, got {', '.join(unknown)}")
+        values["network"] = DiTConfig(**values["network"])
+        for name in ("boundaries", "class_names", "mixed"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def noise_process(config: RemixConfig) -> Diffusion | Flow:
+    """Return the noise process that a model is trained with."""
+    if config.is_flow:
+        return Flow()
+    betas = linear_betas(config.num_train_timesteps)
+    return Diffusion(config.prediction_type, config.network.learn_sigma, betas)

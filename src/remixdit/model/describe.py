@@ -1,0 +1,66 @@
+"""What a model is: sizes, intervals, coefficients and cost, without loading its bases."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from remixdit.diffusion.costs import forward_flops, training_flops
+from remixdit.model.config import RemixConfig
+from remixdit.model.loading import Found, damage_named, find_model
+from remixdit.model.model import download
+
+__all__ = ["describe"]
+
+
+def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
+    """Return what a model is, as JSON values.
+
+    Args:
+        path: A model directory, a checkpoint, a run, or a model of the Hugging Face hub.
+        ema: Take the averaged weights of a checkpoint, not the last ones.
+    """
+    found = find_model(Path(path), ema) or find_model(download(str(path)), ema)
+    if found is None:
+        raise ValueError(f"model must hold a model.safetensors, got {path}")
+    with damage_named(found.directory):
+        return facts_of(found)
+
+
+def facts_of(found: Found) -> dict[str, Any]:
+    """Return what the files of a model say."""
+    config = RemixConfig.from_json(json.loads((found.directory / "config.json").read_text("utf-8")))
+    weights = found.directory / found.weights
+    state_file = found.directory / "state.json"
+    step = json.loads(state_file.read_text("utf-8"))["step"] if state_file.is_file() else None
+    return {
+        "weights": str(weights),
+        "step": step,
+        **config.to_json(),
+        "coefficient_kind": config.coefficients,
+        "coefficients": coefficients_in(weights, config.coefficients),
+        "parameters": count_parameters(weights, config.num_bases),
+        "forward_flops_per_image": forward_flops(config.network),
+        "training_flops_per_image": training_flops(config.network),
+    }
+
+
+def coefficients_in(weights: Path, kind: str) -> Any:
+    """Return the (N, K) coefficients, or (L, N, K) with a table for each block, as lists."""
+    with safe_open(weights, "pt") as file:
+        logits: torch.Tensor = file.get_tensor("logits")
+    return (logits.softmax(-1) if kind == "softmax" else logits).tolist()
+
+
+def count_parameters(weights: Path, num_bases: int) -> dict[str, int]:
+    """Return how many numbers there are: in one network, in all, and of these in the bases."""
+    with safe_open(weights, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    bases = sum(count for name, count in counts.items() if name.startswith("bases."))
+    total = sum(counts.values())
+    shared = total - bases - counts["logits"]
+    return {"active": bases // num_bases + shared, "total": total, "bases": bases}

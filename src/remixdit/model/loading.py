@@ -1,0 +1,101 @@
+"""Find and load what a user calls a checkpoint: a model directory, a run, a hub's model."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from remixdit.model.config import RemixConfig
+from remixdit.model.model import RemixDiT
+
+__all__ = [
+    "Found",
+    "checkpoints",
+    "damage_named",
+    "find_model",
+    "load_model",
+    "model_config",
+    "newest_checkpoint",
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a model's weights are."""
+
+    directory: Path
+    weights: str
+    """Name of the file in it."""
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> RemixDiT:
+    """Load what a user calls a checkpoint.
+
+    Args:
+        path: A model directory, a checkpoint, a run (its finished model, else its newest
+            checkpoint), or a model of the Hugging Face hub.
+        ema: Take the averaged weights of a checkpoint, not the last ones.
+        device: Where the weights go.
+    """
+    found = find_model(Path(path), ema)
+    if found is None:
+        return RemixDiT.from_pretrained(path, device)
+    with damage_named(found.directory):
+        if found.weights == "model.safetensors":
+            return RemixDiT.from_pretrained(found.directory, device)
+        model = RemixDiT(model_config(found.directory))
+        model.mixture.load_state_dict(load_file(found.directory / found.weights))
+        return model.to(device).eval()
+
+
+def model_config(directory: Path) -> RemixConfig:
+    """Return what the model of a checkpoint is, without its weights."""
+    with damage_named(directory):
+        return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
+
+
+@contextmanager
+def damage_named(directory: Path) -> Iterator[None]:
+    """Name the directory of a model whose files are missing, cut short or no JSON."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        missing = Path(error.filename or "a file").name
+        raise ValueError(f"model must have whole files, got {directory}: no {missing}") from error
+    except KeyError as error:
+        raise ValueError(f"model must have whole files, got {directory}: no {error}") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"model must have whole files, got {directory}: {error}") from error
+
+
+def find_model(path: Path, ema: bool = True) -> Found | None:
+    """Return where the weights of a local model, checkpoint or run are, None if not local."""
+    if not path.is_dir():
+        return None
+    if (path / "state.json").is_file():
+        return Found(path, "ema.safetensors" if ema else "model.safetensors")
+    if (path / "model.safetensors").is_file():
+        return Found(path, "model.safetensors")
+    if ema and (path / "model" / "model.safetensors").is_file():
+        return Found(path / "model", "model.safetensors")
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise ValueError(f"checkpoint must be a model directory or a run with one, got {path}")
+    return find_model(newest, ema)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))

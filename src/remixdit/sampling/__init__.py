@@ -1,0 +1,1 @@
+"""Noise => images: one denoising loop, its trajectories, files."""

@@ -1,0 +1,175 @@
+"""Sampled images on disk: a grid, an npz as ADM's evaluation takes it, or a file each.
+
+    out.png     a grid with the classes below
+    out.npz     arr_0 (n, H, W, C) uint8, arr_1 (n,) int64 labels
+    out/        000000.png, ..., and samples.json, which comes last
+
+A single file appears when it is whole. What exists is replaced only on request: samples take
+hours, and two settings easily get the same name.
+
+Shapes: n images, H W C of one.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from remixdit.files import write_file
+from remixdit.sampling.sampler import Samples
+
+__all__ = ["Target", "claim", "target_of", "write_about", "write_samples"]
+
+ABOUT_FILE = "samples.json"
+MAX_COLUMNS = 12
+
+
+class Target(NamedTuple):
+    """Where samples go, and as what."""
+
+    path: Path
+    kind: str
+    """png, npz or folder."""
+
+
+def target_of(output: str) -> Target:
+    """Return what is meant by name.png, name.npz or a directory."""
+    path, kind = Path(output), "folder"
+    if not output.endswith("/") and not path.is_dir() and path.suffix:
+        kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("png", "npz", "folder"):
+        raise ValueError(f"output must be a .png, an .npz or a directory, got {output}")
+    return Target(path, kind)
+
+
+def claim(target: Target, overwrite: bool = False) -> None:
+    """Make sure that samples can go there, before the first is drawn; a directory is made.
+
+    Args:
+        target: Where.
+        overwrite: Replace what an earlier sampling wrote there.
+    """
+    if target.kind == "folder":
+        claim_folder(target.path, overwrite)
+    elif target.path.exists() and not overwrite:
+        raise ValueError(f"output must not exist (--overwrite replaces it), got {target.path}")
+    else:
+        make_folder(target.path.parent)
+
+
+def claim_folder(path: Path, overwrite: bool) -> None:
+    """Make a directory, or empty one that an earlier sampling filled."""
+    make_folder(path)
+    found = sorted(entry.name for entry in path.iterdir())
+    if found and not overwrite:
+        raise ValueError(f"output must be empty (--overwrite replaces it), got {path}")
+    for name in found:
+        if name != ABOUT_FILE and not re.fullmatch(r"\d{6,}\.png", name):
+            raise ValueError(f"output must hold nothing but samples, got {path / name}")
+    for name in found:
+        (path / name).unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a directory; a file in the way is the user's mistake."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"output must be in a directory, got the file {path}") from error
+
+
+def write_samples(
+    target: Target,
+    batches: Iterator[Samples],
+    class_labels: Sequence[int],
+    class_names: Sequence[str],
+) -> Iterator[int]:
+    """Write images as they come; yields how many this process has done.
+
+    Args:
+        target: Where; claimed.
+        batches: Of images, in rising order; all of them unless the target is a folder.
+        class_labels: (n,) of all images.
+        class_names: Shown below the images of a grid; none shows nothing.
+    """
+    if target.kind == "folder":
+        yield from write_folder(target.path, batches)
+    elif target.kind == "npz":
+        yield from write_npz(target.path, batches, class_labels)
+    else:
+        captions = [class_names[label] for label in class_labels] if class_names else []
+        yield from write_grid(target.path, batches, columns_for(class_labels), captions)
+
+
+def write_about(target: Target, about: Mapping[str, Any]) -> None:
+    """Write, beside the files of a folder, where they come from: JSON values."""
+    if target.kind == "folder":
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        write_file(target.path / ABOUT_FILE, lambda beside: beside.write_text(text, "utf-8"))
+
+
+def write_folder(path: Path, batches: Iterator[Samples]) -> Iterator[int]:
+    """Write a PNG for each image, named by its index."""
+    done = 0
+    for batch in batches:
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            write_file(path / f"{index:06}.png", partial(picture.save, format="png"))
+        done += len(batch.indices)
+        yield done
+
+
+def write_npz(path: Path, batches: Iterator[Samples], class_labels: Sequence[int]) -> Iterator[int]:
+    """Write arr_0 and arr_1, batch by batch: 50,000 images need not fit into memory."""
+    labels = np.asarray(class_labels, np.int64)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with zipfile.ZipFile(beside, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                yield from write_rows(file, batches, len(labels))
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, labels)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_rows(file: IO[bytes], batches: Iterator[Samples], count: int) -> Iterator[int]:
+    """Write the images of `count` samples as one .npy."""
+    done = 0
+    for batch in batches:
+        if not done:
+            shape = (count, *batch.images.shape[1:])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(batch.images).data)
+        done += len(batch.indices)
+        yield done
+
+
+def write_grid(
+    path: Path, batches: Iterator[Samples], columns: int, captions: Sequence[str]
+) -> Iterator[int]:
+    """Write all images as one picture."""
+    from remixdit.figures.grids import image_grid
+
+    images: list[np.ndarray] = []
+    for batch in batches:
+        images.extend(batch.images)
+        yield len(images)
+    grid = image_grid(np.stack(images), columns, captions)
+    write_file(path, partial(grid.save, format="png"))
+
+
+def columns_for(class_labels: Sequence[int]) -> int:
+    """Return how many images stand in a row: a column for each class, if they are few."""
+    count, classes = len(class_labels), len(set(class_labels))
+    if 1 < classes <= MAX_COLUMNS and count > classes:
+        return classes
+    return min(MAX_COLUMNS, max(1, round(count**0.5)))

@@ -1,0 +1,1 @@
+"""Variants times seeds at equal budget, and the quick start, the smallest of them."""

@@ -1,0 +1,327 @@
+"""The main job in minutes, on a CPU: pre-train a small DiT on real digits, remix it, look.
+
+Beside the remixed model the plain one trains on for the same number of steps with the same
+images, both with timesteps stratified over the same intervals: what differs is the mixture alone.
+
+    quickstart/
+        data/           4,500 MNIST digits to train on, 500 held out
+        pretrained/     runs, as `remixdit train` makes them
+        continued/
+        remixed/
+        figures/
+        report.html     what came of it
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
+from remixdit.data.autoencoder import Pixels
+from remixdit.diffusion.dit import DiTConfig
+from remixdit.evaluation.losses import held_out, interval_losses, loss_matrix
+from remixdit.figures import plots
+from remixdit.figures.grids import image_grid
+from remixdit.figures.html import Block, Commands, Heading, Picture, Table, Text, write_report
+from remixdit.first.optim import OptimizerConfig
+from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
+from remixdit.sampling.sampler import SamplingConfig, sample
+from remixdit.seeds import generator_for
+from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
+from remixdit.training.loop import train
+from remixdit.training.run import read_metrics
+
+__all__ = ["Progress", "QuickstartConfig", "quickstart"]
+
+IMAGE_SIZE = 24  # of 28: a quarter less work, and digits as legible
+NUM_HELD_OUT = 500
+NUM_MATRIX_IMAGES = 250
+DIGITS_PER_CLASS = 4
+GUIDANCE_SCALE = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """The first run of a new user."""
+
+    output_dir: Path = Path("quickstart")
+    """Where everything goes; the same command again goes on where it was stopped."""
+    pretrain_steps: int = 1500
+    """Steps of the plain DiT that both models start from."""
+    steps: int = 500
+    """Steps that the remixed and the continued model then take, each."""
+    batch_size: int = 64
+    """Images a step."""
+    num_bases: int = 4
+    """K."""
+    num_experts: int = 8
+    """N."""
+    seed: int = 0
+    """Of everything random."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 where the hardware is fast at it."""
+
+
+class Progress(NamedTuple):
+    """How far the quickstart is."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+
+
+class Result(NamedTuple):
+    """One finished model."""
+
+    model: RemixDiT
+    losses: np.ndarray
+    """(I, n) validation losses of each interval's owner."""
+
+
+def quickstart(config: QuickstartConfig) -> Iterator[Progress]:
+    """Run all stages, those that are finished already at once; the report is written last."""
+    yield from prepare_digits(config)
+    for stage in ("pretrained", "continued", "remixed"):
+        for progress in train(stage_config(config, stage)):
+            yield Progress(stage, progress.step, progress.steps, loss_note(progress.metrics))
+    results: dict[str, Result] = {}
+    for stage in ("pretrained", "continued", "remixed"):
+        yield Progress(f"measure {stage}", len(results), 3)
+        results[stage] = measure(config, stage)
+    yield Progress("draw", 0, 1)
+    (config.output_dir / "figures").mkdir(exist_ok=True)
+    write_results(config, results)
+    yield Progress("draw", 1, 1)
+
+
+def loss_note(metrics: dict[str, float] | None) -> str:
+    """Return what to show beside the bar."""
+    if metrics is None:
+        return ""
+    return f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s"
+
+
+def prepare_digits(config: QuickstartConfig) -> Iterator[Progress]:
+    """Encode the digits once: 500 drawn by seed are held out."""
+    source = open_source("mnist5k")
+    order = torch.randperm(len(source), generator=generator_for(config.seed, "held out")).numpy()
+    parts = {"held-out": np.sort(order[:NUM_HELD_OUT]), "train": np.sort(order[NUM_HELD_OUT:])}
+    for part, indices in parts.items():
+        digits = source.subset(indices, f"mnist5k-{part}")
+        for progress in encode(digits, data_dir(config, part), EncodeConfig(image_size=IMAGE_SIZE)):
+            yield Progress("data", progress.images_done, progress.num_images)
+
+
+def data_dir(config: QuickstartConfig, part: str) -> Path:
+    """Return where the digits "train" or "held-out" are."""
+    return config.output_dir / "data" / part
+
+
+def stage_config(config: QuickstartConfig, stage: str) -> TrainConfig:
+    """Return the run of a stage; "continued" and "remixed" differ in the mixture alone."""
+    plain = MixtureConfig(num_bases=1, num_experts=1)
+    # Of the objectives, v learns legible digits in the fewest steps (docs/log.md).
+    stratified = ObjectiveConfig(prediction_type="v_prediction", timestep_strata=config.num_experts)
+    pretrained = TrainConfig(
+        data=str(data_dir(config, "train")),
+        output_dir=config.output_dir / "pretrained",
+        steps=config.pretrain_steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=config.device,
+        precision=pick_precision(config.precision),
+        network=DiTConfig(hidden_size=96, depth=4, num_heads=4, patch_size=4, learn_sigma=False),
+        mixture=plain,
+        objective=stratified,
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, betas=(0.9, 0.99), warmup_steps=50, ema_decay=0.995
+        ),
+        output=OutputConfig(log_every=50, save_every=250, keep_checkpoints=1),
+    )
+    if stage == "pretrained":
+        return pretrained
+    continued = replace(
+        pretrained,
+        output_dir=config.output_dir / stage,
+        init_from=str(config.output_dir / "pretrained"),
+        steps=config.steps,
+        optimizer=replace(pretrained.optimizer, warmup_steps=0, lr_schedule="cosine"),
+        seed=config.seed + 1,
+    )
+    if stage == "continued":
+        return continued
+    # In so few steps, from a start that has much left to learn, experts gain by sharing more than
+    # the default has them share (docs/log.md).
+    mixture = MixtureConfig(
+        num_bases=config.num_bases, num_experts=config.num_experts, symmetry=2.0
+    )
+    return replace(continued, mixture=mixture, objective=replace(stratified, timestep_strata=0))
+
+
+def pick_precision(name: str) -> str:
+    """Return "bf16" for "auto" where the hardware multiplies bfloat16 fast, else "fp32"."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def measure(config: QuickstartConfig, stage: str) -> Result:
+    """Measure a finished run on the held-out digits; all stages see the same noise."""
+    model = load_model(config.output_dir / stage)
+    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_HELD_OUT)
+    intervals = model.intervals.uniform(config.num_experts)
+    return Result(model, interval_losses(model, held, intervals, seed=config.seed)[0])
+
+
+def draw_digits(config: QuickstartConfig, model: RemixDiT) -> np.ndarray:
+    """Sample a few digits of every class: (n, H, W, 1) uint8, class after class in columns."""
+    sampling = SamplingConfig(
+        num_images=10 * DIGITS_PER_CLASS,
+        guidance_scale=GUIDANCE_SCALE,
+        scheduler="ddim",
+        num_inference_steps=50,
+        seed=config.seed,
+    )
+    return np.concatenate([batch.images for batch in sample(model, Pixels(), sampling)])
+
+
+def summary_table(config: QuickstartConfig, results: dict[str, Result]) -> Table:
+    """Return images seen, time and mean validation loss of each model."""
+    rows: list[list[str | int | float]] = []
+    base = results["continued"].losses.mean(0)  # (n,) paired with every other model's
+    for name, result in results.items():
+        run_dir = config.output_dir / name
+        steps = json.loads((run_dir / "config.json").read_text())["steps"]
+        difference = result.losses.mean(0) - base
+        error = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+        change = f"{100 * difference.mean() / base.mean():+.2f} ± {100 * error / base.mean():.2f} %"
+        rows.append(
+            [
+                name,
+                steps * config.batch_size,
+                f"{training_seconds(run_dir, config.batch_size):.0f}",
+                f"{result.losses.mean():.5f}",
+                change if name != "continued" else "",
+            ]
+        )
+    header = ["model", "images seen", "training seconds", "validation loss", "against continued"]
+    return Table(header, rows, caption=TABLE_CAPTION)
+
+
+TABLE_CAPTION = (
+    "Mean over the intervals of the squared error of the prediction, on digits that no model "
+    "was trained on, with the same timesteps and noise for every model; ± is the 95 % interval of "
+    "the paired difference over images. Both models start from the pre-trained one and see the "
+    "same images, timesteps stratified over the same intervals."
+)
+
+
+def training_seconds(run_dir: Path, batch_size: int) -> float:
+    """Return the time that a run's steps took, by its metrics."""
+    seconds, before = 0.0, 0
+    for row in read_metrics(run_dir):
+        seconds += (row["step"] - before) * batch_size / row["images_per_second"]
+        before = row["step"]
+    return seconds
+
+
+def curves(config: QuickstartConfig) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the training loss of the two models, by step."""
+    found = {}
+    for name in ("continued", "remixed"):
+        rows = read_metrics(config.output_dir / name)
+        found[name] = ([row["step"] for row in rows], [row["mse"] for row in rows])
+    return found
+
+
+def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
+    """Draw the figures, and write the report around them."""
+    remixed = results["remixed"].model
+    boundaries = remixed.intervals.boundaries
+    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_MATRIX_IMAGES)
+    digits = [str(digit) for digit in range(10)] * DIGITS_PER_CLASS
+    series = {name: results[name].losses.mean(1) for name in ("continued", "remixed", "pretrained")}
+    tables = remixed.mixture.coefficients().detach().cpu().numpy()[0]
+    pictures: dict[str, Figure | Image.Image] = {
+        "digits-remixed": image_grid(draw_digits(config, remixed), 10, digits),
+        "digits-continued": image_grid(draw_digits(config, results["continued"].model), 10, digits),
+        "coefficients": plots.coefficients_heatmap(tables, boundaries),
+        "loss-by-interval": plots.loss_by_interval(series, boundaries),
+        "loss-matrix": plots.loss_matrix(loss_matrix(remixed, held, seed=config.seed), boundaries),
+        "loss-curve": plots.loss_curve(curves(config)),
+    }
+    for name, picture in pictures.items():
+        path = config.output_dir / "figures" / f"{name}.png"
+        if isinstance(picture, Image.Image):
+            picture.save(path)
+        else:
+            plots.save(picture, path)
+    blocks: list[Block] = [
+        Text(INTRODUCTION.format(**vars(config))),
+        Heading("Digits"),
+        Picture(pictures["digits-remixed"], "Drawn by the remixed model.", "Grid of digits 0 to 9"),
+        Picture(
+            pictures["digits-continued"],
+            "Drawn by the continued plain model from the same noise.",
+            "Grid of digits 0 to 9",
+        ),
+        Heading("Is it better?"),
+        summary_table(config, results),
+        *(Picture(pictures[name], caption, alt) for name, caption, alt in FIGURES),
+        Heading("Do it again"),
+        Commands(next_commands(config)),
+    ]
+    write_report(config.output_dir / "report.html", "Remix-DiT quickstart", blocks)
+
+
+INTRODUCTION = (
+    "A small diffusion transformer was trained for {pretrain_steps} steps on 4,500 handwritten "
+    "digits (MNIST). Then it went on in two ways, {steps} steps of {batch_size} images each: as it "
+    "is (continued), and as {num_experts} experts mixed from {num_bases} bases (remixed), which "
+    "cost a step of sampling no more than the plain network does."
+)
+
+FIGURES = (
+    (
+        "loss-by-interval",
+        "Validation loss in each interval of timesteps; below, against the continued model.",
+        "Loss by interval of three models",
+    ),
+    (
+        "coefficients",
+        "What each expert is mixed from (as figure 4a of arXiv 2412.05628).",
+        "Heat map of coefficients",
+    ),
+    (
+        "loss-matrix",
+        "Loss of every expert on every interval, above the best of the column (figure 4c).",
+        "Matrix of losses of experts by intervals",
+    ),
+    ("loss-curve", "Loss on the training images.", "Training loss of two models by step"),
+)
+
+
+def next_commands(config: QuickstartConfig) -> list[str]:
+    """Return commands that go on from here."""
+    run = config.output_dir
+    return [
+        f"remixdit sample {run}/remixed --num-images 100 --guidance-scale 2.5 --output digits.png",
+        f"remixdit info {run}/remixed",
+        f"remixdit plot {run}/remixed",
+        f"remixdit train tiny --data {run}/data/train --from {run}/pretrained --output-dir mine "
+        "--prediction-type v_prediction --steps 200",
+    ]

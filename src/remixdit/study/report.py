@@ -1,0 +1,276 @@
+"""What came of a study: means over seeds, paired differences, tables and figures.
+
+    results.json    everything, one entry a cell
+    table.md        the table, for a document
+    report.html     table, figures and settings in one file
+
+Runs of the same seed saw the same images, timesteps and noise, so variants are compared seed by
+seed: difference in per cent, its mean, its 95 % interval by Student's t over seeds, and how many
+seeds are better.
+
+Shapes: S seeds, I intervals.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from remixdit.figures import plots
+from remixdit.figures.html import Block, Heading, Picture, Table, Text, write_report
+from remixdit.files import write_file
+
+__all__ = ["Paired", "paired", "write_study"]
+
+BASELINES = ("continued", "stratified", "independent", "independent-shared")
+PREFERRED = ("stratified", "continued")  # as the baseline of figures
+MAX_CURVES = 6  # in one figure
+Result = dict[str, Any]
+
+
+class Paired(NamedTuple):
+    """A variant against a baseline, seed by seed."""
+
+    mean: float
+    """Of the differences, per cent of the baseline; negative is better."""
+    reach: float
+    """Half the 95 % interval over seeds; NaN for one seed."""
+    wins: int
+    """Seeds in which the variant is lower."""
+    seeds: int
+
+
+def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """Compare losses by seed; None without a seed that both have."""
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        return None
+    ratios = np.array([100 * (values[seed] / baseline[seed] - 1) for seed in seeds])
+    reach = float("nan")
+    if len(seeds) > 1:
+        from scipy.stats import t
+
+        reach = float(t.ppf(0.975, len(seeds) - 1) * ratios.std(ddof=1) / len(seeds) ** 0.5)
+    return Paired(float(ratios.mean()), reach, int((ratios < 0).sum()), len(seeds))
+
+
+def write_study(
+    directory: Path,
+    settings: Mapping[str, Any],
+    results: Sequence[Result],
+    summaries: Mapping[str, str],
+) -> None:
+    """Write what is known so far.
+
+    Args:
+        directory: Of the study.
+        settings: What was asked for.
+        results: Of the finished cells.
+        summaries: A line about each variant.
+    """
+    if not results:
+        return
+    table = result_table(results, with_half=settings.get("lr_schedule") == "constant")
+    text = json.dumps({"settings": settings, "cells": results}, indent=1, default=str) + "\n"
+    write_file(directory / "results.json", lambda beside: beside.write_text(text, "utf-8"))
+    lines = markdown(table)
+    write_file(directory / "table.md", lambda beside: beside.write_text(lines, "utf-8"))
+    blocks: list[Block] = [Text(introduction(settings, results)), table, *figures(results)]
+    blocks += [
+        Heading("Variants"),
+        Table(["variant", "what"], [[name, summaries[name]] for name in by_variant(results)]),
+        Heading("Settings"),
+        Table(["setting", "value"], [[k, str(v)] for k, v in settings.items()]),
+    ]
+    write_file(
+        directory / "report.html",
+        partial(write_report, title=f"Study {settings['name']}", blocks=blocks),
+    )
+
+
+def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the cells of each variant, in the order in which variants first appear."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["variant"], []).append(result)
+    return found
+
+
+def losses(cells: Sequence[Result]) -> dict[int, float]:
+    """Return the validation loss by seed."""
+    return {cell["seed"]: cell["loss"] for cell in cells}
+
+
+def score_of(cell: Result, prefix: str) -> float | None:
+    """Return a score by the start of its name, such as KID."""
+    found = cell.get("scores", {}).get("scores", {})
+    values = [score["value"] for name, score in found.items() if name.startswith(prefix)]
+    return values[0] if values else None
+
+
+def result_table(results: Sequence[Result], with_half: bool = False) -> Table:
+    """Return a row for each variant.
+
+    Args:
+        results: Of the finished cells.
+        with_half: Hold what each has half of the way against what the first baseline has at its
+            end; for constant learning rates, as others have not been annealed by then.
+    """
+    groups = by_variant(results)
+    baselines = those_of(BASELINES, groups)
+    first = next(iter(those_of(PREFERRED, groups)), "")
+    kid = any(score_of(cell, "KID") is not None for cell in results)
+    header = ["variant", "seeds", "loss x 1e5"]
+    header += [f"% of {name}" for name in baselines]
+    halves = baselines[:1] if with_half else []
+    header += [f"half-way, % of {name}" for name in halves]
+    header += ["intervals alike, %"] if first in groups else []
+    header += ["KID x 1e3"] * kid + ["images", "FLOPs", "images/s"]
+    rows: list[list[str | int | float]] = []
+    for name, cells in groups.items():
+        row: list[str | int | float] = [name, len(cells)]
+        row.append(mean_of([1e5 * cell["loss"] for cell in cells], 1))
+        row += [
+            "" if name == baseline else as_text(paired(losses(cells), losses(groups[baseline])))
+            for baseline in baselines
+        ]
+        for baseline in halves:
+            half = {cell["seed"]: cell["half"]["loss"] for cell in cells if "half" in cell}
+            row.append(as_text(paired(half, losses(groups[baseline]))))
+        if first in groups:
+            row.append("" if name == first else as_text(by_interval(cells, groups[first])))
+        if kid:
+            scored = [s for cell in cells if (s := score_of(cell, "KID")) is not None]
+            row.append(mean_of([1e3 * s for s in scored], 1))
+        row += cost_cells(cells)
+        rows.append(row)
+    return Table(header, rows, caption=CAPTION)
+
+
+def those_of(kinds: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the variants of some kinds: as named, or if there is none at other learning rates."""
+    found = {kind: [name for name in names if name.partition("@")[0] == kind] for kind in kinds}
+    return [name for kind, rates in found.items() for name in ([kind] if kind in rates else rates)]
+
+
+CAPTION = (
+    "Loss: mean over 40 intervals of timesteps of the squared error on held-out images, of the "
+    "averaged weights; ± is the standard deviation over seeds. Per cent: the paired difference, "
+    "with its 95 % interval (Student's t over seeds) and the seeds in which it is lower. Half-way: "
+    "after half of the steps, against the baseline after all of them. Intervals alike: of the "
+    "geometric mean over the intervals, against the stratified (or continued) DiT: the noisiest "
+    "have a thousandth of the loss of the least noisy and hardly count in the mean."
+)
+
+
+def mean_of(values: Sequence[float], digits: int) -> str:
+    """Return "mean ± standard deviation"."""
+    if not values:
+        return ""
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def by_interval(cells: Sequence[Result], baseline: Sequence[Result]) -> Paired | None:
+    """Compare the losses of every interval, each counting alike however large it is."""
+
+    def logs(group: Sequence[Result]) -> dict[int, float]:
+        """Return the geometric mean over the intervals by seed."""
+        return {c["seed"]: float(np.exp(np.log(c["loss_by_interval"]).mean())) for c in group}
+
+    return paired(logs(cells), logs(baseline))
+
+
+def as_text(found: Paired | None) -> str:
+    """Return a paired difference for a table."""
+    if found is None:
+        return ""
+    reach = f" ± {found.reach:.2f}" if np.isfinite(found.reach) else ""
+    return f"{found.mean:+.2f}{reach} ({found.wins}/{found.seeds})"
+
+
+def cost_cells(cells: Sequence[Result]) -> list[str | int | float]:
+    """Return images, operations and speed of a variant's runs."""
+    if "seconds" not in cells[0]:
+        return [0, "", ""]
+    flops = cells[0]["network_flops"] + cells[0]["mixing_flops"]
+    speed = np.median([cell["images"] / cell["seconds"] for cell in cells])
+    return [cells[0]["images"], f"{flops:.3e}", f"{speed:.0f}"]
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown."""
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return f"{text}\n\n{table.caption}\n"
+
+
+def introduction(settings: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """Return what was done, in words."""
+    budget = settings["steps"] * settings["batch_size"]
+    trained = [cell for cell in results if cell["images"] == budget]
+    flops = [cell["network_flops"] + cell["mixing_flops"] for cell in trained]
+    text = (
+        f"Every variant starts from {settings['init_from']} and takes {settings['steps']} steps of "
+        f"{settings['batch_size']} images of {settings['data']}, unless it says that it takes more "
+        "or fewer; runs of the same seed see the same images in the same order. Measured "
+        f"on {settings['num_held_out']} images of "
+        f"{settings['held_out']}, with the same timesteps and noise for all."
+    )
+    if flops:
+        spread = 100 * (max(flops) / min(flops) - 1)
+        text += f" Computed operations of equal budgets differ by {spread:.2f} % at most."
+    return text
+
+
+def figures(results: Sequence[Result]) -> list[Block]:
+    """Return the gain of every variant, and the loss by interval of those that matter most."""
+    groups = {name: cells for name, cells in by_variant(results).items() if "half" in cells[0]}
+    if not groups:
+        return []
+    first = [*those_of(PREFERRED, groups), *groups][0]
+    blocks: list[Block] = [Heading("Figures")]
+    if len(groups) > 1:
+        blocks.append(
+            Picture(
+                gains(groups, first),
+                f"Paired difference from {first}: a dot a seed, a line the mean; lower is better.",
+                f"Validation loss of every variant against {first}",
+            )
+        )
+    order = [first, *(name for name in groups if name != first)]
+    series = {
+        name: np.mean([cell["loss_by_interval"] for cell in groups[name]], axis=0)
+        for name in (order if len(order) <= MAX_CURVES else [first, *order[1 - MAX_CURVES :]])
+    }
+    ends = np.linspace(0, 1, 1 + len(series[first]))
+    blocks.append(
+        Picture(
+            plots.loss_by_interval(series, ends),
+            f"Mean over seeds; t as a share of the way to noise. Below, against {first}.",
+            "Validation loss in each interval",
+        )
+    )
+    return blocks
+
+
+def gains(groups: Mapping[str, Sequence[Result]], baseline: str) -> Figure:
+    """Draw each variant's paired differences from a baseline, in per cent."""
+    names = [name for name in groups if paired(losses(groups[name]), losses(groups[baseline]))]
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(names)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    base = losses(groups[baseline])
+    for row, name in enumerate(reversed(names)):
+        own = losses(groups[name])
+        ratios = [100 * (own[seed] / base[seed] - 1) for seed in sorted(own.keys() & base.keys())]
+        axes.plot(ratios, [row] * len(ratios), "o", color=plots.COLORS[0], alpha=0.6)
+        axes.plot([np.mean(ratios)] * 2, [row - 0.3, row + 0.3], color=plots.COLORS[1])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names[::-1])
+    axes.set_xlabel(f"% above or below {baseline} (validation loss)")
+    axes.grid(axis="x", alpha=0.3)
+    return figure

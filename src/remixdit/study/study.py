@@ -1,0 +1,381 @@
+"""A study: variants times seeds from the same start at the same budget, and a report.
+
+Every cell is a training run that sees the same images in the same order as all cells of its seed,
+then is measured on the same held-out images with the same timesteps and noise. Cells run in
+processes of their own, several at once where there is room; a study that was stopped goes on with
+the cells that are missing, and those with their steps.
+
+    study/
+        config.json              what was asked for
+        cells/remix/seed-0/      result.json, losses.npz, samples.png; while it trains, run/
+        results.json, table.md, report.html
+
+Shapes: I intervals of the measurement, n held-out images.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from remixdit.data import ShardDataset
+from remixdit.data.autoencoder import load_autoencoder
+from remixdit.diffusion.costs import training_flops
+from remixdit.diffusion.intervals import Intervals
+from remixdit.evaluation.features import load_extractor, metric_name
+from remixdit.evaluation.image_sets import open_images
+from remixdit.evaluation.losses import held_out, interval_losses
+from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
+from remixdit.evaluation.scores import FeatureSet, image_features, reference_features
+from remixdit.figures.grids import image_grid
+from remixdit.files import write_file
+from remixdit.first.optim import OptimizerConfig
+from remixdit.machine import machine
+from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
+from remixdit.sampling.sampler import SamplingConfig, sample
+from remixdit.study.report import write_study
+from remixdit.study.variants import START, chosen_variants, run_config, variant
+from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
+from remixdit.training.loop import train
+from remixdit.training.run import check_run, claim_run, read_metrics
+
+__all__ = ["Done", "StudyConfig", "study"]
+
+NUM_INTERVALS = 40  # of the measurement: no coarser than any usual N, so that curves compare
+GRID_IMAGES = 40
+NUM_REFERENCE = 5000  # held-out images that samples are scored against, at most
+
+# What may change when a study goes on.
+MAY_CHANGE = {"output_dir", "workers", "device", "variants", "seeds", "name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Compare variants at equal budget: the same start, images and steps."""
+
+    name: str
+    """Which variants: a name of `variants.STUDIES`."""
+    data: str
+    """Encoded shards to train on."""
+    held_out: str
+    """Encoded shards to measure on."""
+    init_from: str
+    """The plain DiT that every variant starts from."""
+    output_dir: Path
+    """Where cells and the report go; the same command again goes on."""
+    variants: str = ""
+    """Others than the study's own, with commas between; NAME@0.25 for a quarter of the rate."""
+    seeds: int = 3
+    """Runs of every variant."""
+    steps: int = 2000
+    """Optimizer steps of every run."""
+    batch_size: int = 64
+    """Images a step."""
+    learning_rate: float = 2e-4
+    """Of every variant that does not say otherwise; not of the coefficients."""
+    lr_schedule: str = "constant"
+    """constant, or cosine: falls to 0 at the last step. Then losses at half are not comparable."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    ema_decay: float = 0.998
+    """Of the averages, which are what is measured."""
+    num_bases: int = 4
+    """K where a variant does not say otherwise."""
+    num_experts: int = 20
+    """N where a variant does not say otherwise."""
+    mirror: bool = False
+    """Mirror half of the training images."""
+    num_held_out: int = 500
+    """Images of the validation loss, each at every one of 40 intervals."""
+    num_samples: int = 0
+    """Images that every cell draws for the scores; 0 for none."""
+    num_inference_steps: int = 25
+    """Steps of their trajectories (DDIM, or Euler for flow matching)."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the samples; 1 is off."""
+    extractor: str = "lite0"
+    """Of the scores: lite0, inception or dinov2."""
+    extractor_weights: str | None = None
+    """Their file, where the extractor needs one."""
+    seed: int = 0
+    """Of the first run; others count up."""
+    workers: int = 1
+    """Cells at once; each gets its share of the cores."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "fp32"
+    """fp32 or bf16."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        chosen_variants(self.name, self.variants)
+        if self.steps < 4:  # half of the steps of half a budget is one that is saved
+            raise ValueError(f"steps must be at least 4, got {self.steps}")
+        for name in ("seeds", "workers", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_held_out < 2:
+            raise ValueError(f"num_held_out must be at least 2, got {self.num_held_out}")
+        if self.num_samples < 0 or 0 < self.num_samples < GRID_IMAGES:
+            raise ValueError(
+                f"num_samples must be 0 or at least {GRID_IMAGES}, got {self.num_samples}"
+            )
+
+
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    variant: str
+    seed: int
+
+
+class Done(NamedTuple):
+    """How far a study is."""
+
+    done: int
+    cells: int
+    note: str
+
+
+def study(config: StudyConfig) -> Iterator[Done]:
+    """Run the cells that are missing, then write the report; yields after every cell."""
+    cells = cells_of(config)
+    refuse_unfit(config, cells)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    settings = {**asdict(config), "output_dir": str(config.output_dir)}
+    check_study(config.output_dir, settings)
+    claim_run(config.output_dir, settings)
+    missing = [cell for cell in cells if not result_path(config, cell).is_file()]
+    done = len(cells) - len(missing)
+    yield Done(done, len(cells), "")
+    for cell in run_cells(config, missing):
+        done += 1
+        yield Done(done, len(cells), f"{cell.variant} {cell.seed}")
+        write_results(config, cells)
+    write_results(config, cells)
+
+
+def check_study(directory: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with other settings, or in a directory of something else."""
+    path = directory / "config.json"
+    if not path.is_file() and any(directory.iterdir()):
+        raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
+    check_run(directory, settings, MAY_CHANGE)
+
+
+def cells_of(config: StudyConfig) -> list[Cell]:
+    """Return the runs, seed by seed, so that a study cut short has whole rows."""
+    variants = chosen_variants(config.name, config.variants)
+    seeds = range(config.seed, config.seed + config.seeds)
+    trained = [Cell(name, seed) for seed in seeds for name in variants if name != START]
+    return [Cell(START, config.seed)] * (START in variants) + trained
+
+
+def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
+    """Refuse, before any work, what some cell could not do."""
+    held = ShardDataset(Path(config.held_out))
+    if config.num_held_out > len(held):
+        raise ValueError(
+            f"num_held_out must be at most the {len(held)} images of held_out, "
+            f"got {config.num_held_out}"
+        )
+    start = load_model(config.init_from)
+    if start.num_experts > 1:
+        raise ValueError(f"init_from must be a plain DiT, got {start.num_experts} experts")
+    for cell in cells:
+        if cell.variant != START:
+            run_config(variant(cell.variant), common_run(config, cell, start))
+
+
+def run_cells(config: StudyConfig, cells: list[Cell]) -> Iterator[Cell]:
+    """Run cells in processes of their own; yields each when it is finished."""
+    if not cells:
+        return
+    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded there
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
+        futures: dict[Future[None], Cell] = {
+            pool.submit(run_cell, config, cell, threads): cell for cell in cells
+        }
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
+    """Train and measure one cell; its result is written last."""
+    torch.set_num_threads(threads)
+    directory = cell_dir(config, cell)
+    directory.mkdir(parents=True, exist_ok=True)
+    start = load_model(config.init_from)
+    result: dict[str, Any] = {"variant": cell.variant, "seed": cell.seed, "images": 0}
+    if cell.variant == START:
+        model = start
+    else:
+        run = run_config(variant(cell.variant), common_run(config, cell, start))
+        for _ in train(run):
+            pass
+        half = load_model(run.output_dir / "checkpoints" / f"step-{run.steps // 2:08d}")
+        result["half"] = {"images": run.steps // 2 * run.batch_size, **measured(config, half)[0]}
+        model = load_model(run.output_dir)
+        result |= cost_of(run, model)
+        coefficients = model.mixture.coefficients().detach()
+        result["coefficients"] = coefficients.tolist() if model.num_experts <= 20 else None
+    facts_of_losses, losses = measured(config, model)
+    result |= {**facts_of_losses, "machine": machine(model.device)}
+    np.savez_compressed(directory / "losses.npz", losses=losses.astype(np.float32))
+    if config.num_samples:
+        result["scores"] = scored(config, model, directory)
+    text = json.dumps(result, indent=1) + "\n"
+    write_file(result_path(config, cell), lambda beside: beside.write_text(text, "utf-8"))
+    shutil.rmtree(directory / "run" / "checkpoints", ignore_errors=True)  # needed until here
+
+
+def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
+    """Return the run of a cell, but for what its variant changes."""
+    steps = max(1, round(config.steps * variant(cell.variant).share))
+    return TrainConfig(
+        data=config.data,
+        output_dir=cell_dir(config, cell) / "run",
+        init_from=config.init_from,
+        steps=steps,
+        batch_size=config.batch_size,
+        seed=cell.seed + 1,  # not that of the start, whose batches it would repeat
+        device=config.device,
+        precision=config.precision,
+        network=start.config.network,
+        mixture=MixtureConfig(num_bases=config.num_bases, num_experts=config.num_experts),
+        objective=ObjectiveConfig(
+            prediction_type=start.config.prediction_type, mirror=config.mirror
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=config.learning_rate,
+            lr_schedule=config.lr_schedule,
+            betas=(0.9, config.beta2),
+            warmup_steps=min(100, steps // 10),
+            ema_decay=config.ema_decay,
+        ),
+        output=OutputConfig(
+            log_every=max(1, min(50, steps // 2)),
+            save_every=max(1, steps // 2),
+            keep_checkpoints=3,
+            tensorboard=False,
+        ),
+    )
+
+
+def cost_of(run: TrainConfig, model: RemixDiT) -> dict[str, Any]:
+    """Return what a run cost: images, operations, and the seconds of its steps."""
+    images = run.steps * run.batch_size
+    speeds = [row["images_per_second"] for row in read_metrics(run.output_dir)]
+    return {
+        "images": images,
+        "network_flops": images * training_flops(model.config.network),
+        "intervals": run.interval_policy,
+        "mixing_flops": run.steps * mixing_flops(model, run.strata_per_step),
+        # The median of the windows, as other work may disturb some of them.
+        "seconds": images / median(speeds),
+        "num_bases": model.num_bases,
+        "num_experts": model.num_experts,
+        "experts_per_step": run.strata_per_step,
+    }
+
+
+def mixing_flops(model: RemixDiT, experts_per_step: int) -> int:
+    """Return what a step computes beyond a plain one: mixes, inner products, further bases."""
+    if model.num_experts == 1:
+        return 0
+    mixed = sum(len(s.weights) for s in model.mixture.segments if s.is_mixed)
+    update = 16  # operations of AdamW and the average, for each number
+    return mixed * (4 * experts_per_step * model.num_bases + update * (model.num_bases - 1))
+
+
+def measured(config: StudyConfig, model: RemixDiT) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the validation loss, with that of each interval, and all losses (I, n)."""
+    held = held_out(ShardDataset(Path(config.held_out)), config.num_held_out)
+    if model.config.is_flow:
+        intervals = Intervals.continuous(NUM_INTERVALS)
+    else:
+        intervals = Intervals.uniform(NUM_INTERVALS, model.config.num_train_timesteps)
+    losses = interval_losses(model, held, intervals, seed=config.seed)[0]
+    found = {"loss": float(losses.mean()), "loss_by_interval": losses.mean(1).tolist()}
+    return found, losses
+
+
+def scored(config: StudyConfig, model: RemixDiT, directory: Path) -> dict[str, Any]:
+    """Draw samples and score them against the held-out images; all cells draw the same noise."""
+    extractor = load_extractor(config.extractor, weights=config.extractor_weights)
+    sampling = SamplingConfig(
+        num_images=config.num_samples,
+        guidance_scale=config.guidance_scale,
+        scheduler="euler" if model.config.is_flow else "ddim",
+        num_inference_steps=config.num_inference_steps,
+        seed=config.seed,
+        batch_size=50,
+    )
+    images = []
+    for batch in sample(model, load_autoencoder(model.config.autoencoder), sampling):
+        images.append(batch.images)
+    drawn = np.concatenate(images)
+    image_grid(drawn[:GRID_IMAGES], 10).save(directory / "samples.png")
+    real = reference_of(config)
+    fake = image_features(np.split(drawn, range(64, len(drawn), 64)), extractor)
+    kernel = kernel_distance(real.pool, fake.pool)
+    frechet = frechet_distance(gaussian(real.pool), gaussian(fake.pool))
+    found = {
+        "KID": {"value": kernel.value, "standard_error": kernel.standard_error},
+        "FID": {"value": frechet},  # its error would take longer than the cell's training
+    }
+    named = {metric_name(name, extractor.name): score for name, score in found.items()}
+    return {"sampling": asdict(sampling), **extractor.facts(), "scores": named}
+
+
+def reference_of(config: StudyConfig) -> FeatureSet:
+    """Return the features of the held-out images, extracted once for all cells."""
+    path = config.output_dir / f"reference-{config.extractor}.npz"
+    if not path.is_file():
+        extractor = load_extractor(config.extractor, weights=config.extractor_weights)
+        found = reference_features(open_images(config.held_out), extractor, NUM_REFERENCE)
+        kept = {name: v.numpy() for name, v in found._asdict().items() if v is not None}
+
+        def write(beside: Path) -> None:
+            with beside.open("wb") as file:  # np.savez would add a suffix
+                np.savez(file, **kept)
+
+        write_file(path, write)
+    with np.load(path) as file:
+        return FeatureSet(**{name: torch.from_numpy(file[name]) for name in file.files})
+
+
+def cell_dir(config: StudyConfig, cell: Cell) -> Path:
+    """Return where a cell's files are."""
+    return config.output_dir / "cells" / cell.variant / f"seed-{cell.seed}"
+
+
+def result_path(config: StudyConfig, cell: Cell) -> Path:
+    """Return the file that says that a cell is finished."""
+    return cell_dir(config, cell) / "result.json"
+
+
+def write_results(config: StudyConfig, cells: list[Cell]) -> None:
+    """Write results.json, table.md and report.html of the cells that are finished."""
+    found = [result_path(config, cell) for cell in cells]
+    results = [json.loads(path.read_text("utf-8")) for path in found if path.is_file()]
+    settings = {**asdict(config), "output_dir": str(config.output_dir)}
+    summaries = {name: variant(name).summary for name in {cell.variant for cell in cells}}
+    write_study(config.output_dir, settings, results, summaries)

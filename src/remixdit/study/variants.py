@@ -1,0 +1,228 @@
+"""The variants that a study compares, and the studies: names for sets of them.
+
+A variant is a set of changes to one common run: the same start, the same images, the same steps.
+The order of a study is that of its table; the first after the start is the usual baseline. A name
+with @ and a factor, such as published@0.25, is a variant at that much of the learning rate.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any
+
+from remixdit.training.config import MixtureConfig, TrainConfig
+
+__all__ = ["START", "STUDIES", "VARIANTS", "Variant", "chosen_variants", "run_config", "variant"]
+
+START = "start"  # what all variants start from; not trained
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to spend the budget."""
+
+    summary: str
+    """What it is, in one line."""
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `MixtureConfig` other than the study's."""
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `OptimizerConfig` other than the study's."""
+    share: float = 1.0
+    """Of the study's steps, and so of its images."""
+    learning_rate_factor: float = 1.0
+    """Of the study's learning rate."""
+    stratified: bool = False
+    """A plain DiT with timesteps spread evenly over the intervals in every batch."""
+
+
+PLAIN = {"num_bases": 1, "num_experts": 1}
+PUBLISHED = {
+    "experts_per_step": 1,
+    "prior_strength": 1e-4,
+    "symmetry": 2.0,
+    "intervals": "uniform",
+}
+
+
+def independent(count: int, experts_per_step: int, summary: str) -> Variant:
+    """Return experts that share nothing, not even what the mixtures share."""
+    mixture = {
+        "num_bases": count,
+        "num_experts": count,
+        "experts_per_step": experts_per_step,
+        "mixed": "all",
+        "coefficients": "one_hot",
+    }
+    return Variant(summary, mixture)
+
+
+VARIANTS = {
+    START: Variant("the pre-trained plain DiT, not trained on"),
+    "continued": Variant("the plain DiT goes on", PLAIN),
+    "stratified": Variant(
+        "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
+    ),
+    "stratified-uniform": Variant(
+        "the plain DiT goes on, stratified over intervals of equal width in timesteps",
+        PLAIN | {"intervals": "uniform"},
+        stratified=True,
+    ),
+    "stratified-long": Variant(
+        "the stratified plain DiT with a quarter more images", PLAIN, stratified=True, share=1.25
+    ),
+    "independent": independent(
+        8, 1, "8 independent experts, one a step: each gets 1/8 of the steps (as published)"
+    ),
+    "independent-shared": independent(
+        8, 0, "8 independent experts share every batch: each gets 1/8 of its images"
+    ),
+    "one-hot": Variant("each basis serves N/K intervals alone", {"coefficients": "one_hot"}),
+    "published": Variant("softmax, one expert a step, the prior from 1e-4 to 0", PUBLISHED),
+    "raw": Variant("free coefficients", {"coefficients": "raw"}),
+    "per-block": Variant("a table of coefficients for each block", {"per_block": True}),
+    "remix": Variant("softmax, all N experts share every batch: the default"),
+    "remix-half": Variant("the default, with half of the images", share=0.5),
+    "remix-all": Variant("every parameter is mixed", {"mixed": "all"}),
+    "uniform": Variant("intervals of equal width in timesteps", {"intervals": "uniform"}),
+    "log-snr": Variant("intervals of equal width in log-SNR", {"intervals": "log_snr"}),
+    **{f"k{k}": Variant(f"K = {k} bases", {"num_bases": k}) for k in (2, 4, 8, 20)},
+    **{f"n{n}": Variant(f"N = {n} experts", {"num_experts": n}) for n in (4, 8, 20, 100, 1000)},
+    **{f"m{m}": Variant(f"M = {m} experts a step", {"experts_per_step": m}) for m in (1, 2, 4, 10)},
+    **{
+        f"prior-{strength:g}": Variant(
+            f"the prior from {strength:g} to 0", {"prior_strength": strength}
+        )
+        for strength in (1e-4, 1e-3, 1e-2)
+    },
+    "prior-constant": Variant(
+        "the prior stays at 1e-3", {"prior_strength": 1e-3, "prior_schedule": "constant"}
+    ),
+    **{
+        f"symmetry-{value:g}": Variant(
+            f"own bases preferred {value:g} strongly at the start", {"symmetry": value}
+        )
+        for value in (0.5, 1, 2, 4, 16)
+    },
+    **{
+        f"noise-{noise:g}": Variant(
+            f"bases start {noise:g} of their size apart", {"basis_noise": noise}
+        )
+        for noise in (0.01, 0.1)
+    },
+    **{
+        f"ema-{decay:g}": Variant(f"averages decay by {decay:g}", optimizer={"ema_decay": decay})
+        for decay in (0.99, 0.995, 0.998, 0.999, 0.9999)
+    },
+    **{
+        f"coefficients-lr-{rate:g}": Variant(
+            f"coefficients learn at {rate:g}", optimizer={"coefficients_learning_rate": rate}
+        )
+        for rate in (0, 1e-3, 1e-1)
+    },
+}
+
+
+def named(*prefixes: str) -> tuple[str, ...]:
+    """Return the variants whose names begin so."""
+    return tuple(name for name in VARIANTS if name.startswith(prefixes))
+
+
+def at_rates(name: str) -> tuple[str, ...]:
+    """Return the names of a variant at other learning rates."""
+    return tuple(f"{name}@{factor:g}" for factor in (0.25, 0.5, 2, 4))
+
+
+def variant(name: str) -> Variant:
+    """Return a variant by name, NAME or NAME@FACTOR.
+
+    Raises:
+        ValueError: there is none of that name, or the factor is not a number above 0.
+    """
+    base, at, factor = name.partition("@")
+    if base not in VARIANTS:
+        known = f"must be among {', '.join(VARIANTS)}"
+        raise ValueError(f"variants {known}, got {name!r}{hint(base)}")
+    if not at:
+        return VARIANTS[base]
+    try:
+        number = float(factor)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf or base == START:
+        raise ValueError(
+            f"variants must be trained at a learning rate above 0 (NAME@FACTOR), got {name!r}"
+        )
+    found = VARIANTS[base]
+    summary = f"{found.summary}; at {number:g} of the learning rate"
+    return replace(found, summary=summary, learning_rate_factor=number)
+
+
+# Each ends in the default, so that every table holds what it is compared with.
+STUDIES = {
+    "table2": (
+        *(START, "continued", "stratified", "independent", "independent-shared"),
+        *("published", "stratified-long", "remix-half", "remix"),
+    ),
+    "coefficients": (START, "stratified", "one-hot", "raw", "per-block", "remix"),
+    "bases": (START, "stratified", "k2", "k8", "k20", "remix"),
+    # With N beyond the batch, or M below N, intervals are of equal width: so are those beside them.
+    "experts": (START, "stratified", "n4", "n8", "n100", "n1000", "uniform", "remix"),
+    "experts-per-step": (
+        *(START, "stratified", "stratified-uniform"),
+        *("m1", "m2", "m4", "m10", "uniform", "remix"),
+    ),
+    "mixed": (START, "stratified", "remix-all", "remix"),
+    "prior": (START, "stratified", *named("prior-"), "remix"),
+    "symmetry": (START, "stratified", *named("symmetry-", "noise-", "coefficients-lr"), "remix"),
+    "intervals": (START, "stratified", "stratified-uniform", "uniform", "remix"),
+    "ema": (START, "stratified", *named("ema-"), "remix"),
+    "learning-rate": (
+        *(START, "stratified", *at_rates("stratified"), "published"),
+        *(*at_rates("published"), *at_rates("remix"), "remix"),
+    ),
+}
+
+
+def chosen_variants(study: str, names: str) -> tuple[str, ...]:
+    """Return the variants of a study: its own, or those named with commas between."""
+    if study not in STUDIES:
+        raise ValueError(f"study must be one of {', '.join(STUDIES)}, got {study!r}{hint(study)}")
+    chosen = tuple(filter(None, (name.strip() for name in names.split(",")))) or STUDIES[study]
+    for name in chosen:
+        variant(name)
+    return chosen
+
+
+def hint(name: str) -> str:
+    """Return what may be meant by a name that does not exist."""
+    close = get_close_matches(name, [*STUDIES, *VARIANTS], 1)
+    return f"; perhaps {close[0]}" if close else ""
+
+
+def run_config(variant: Variant, common: TrainConfig) -> TrainConfig:
+    """Return the run of a variant.
+
+    Args:
+        variant: What differs.
+        common: The study's run: its mixture holds the study's K, N and M.
+    """
+    mixture = replace(common.mixture, **variant.mixture)
+    # More experts than a batch has images cannot all be in it.
+    if (mixture.experts_per_step or mixture.num_experts) > common.batch_size:
+        mixture = replace(mixture, experts_per_step=common.batch_size)
+    rate = common.optimizer.learning_rate * variant.learning_rate_factor
+    objective = common.objective
+    if variant.stratified:
+        objective = replace(objective, timestep_strata=strata_of(common.mixture, common.batch_size))
+    return replace(
+        common,
+        mixture=mixture,
+        objective=objective,
+        optimizer=replace(common.optimizer, learning_rate=rate, **dict(variant.optimizer)),
+    )
+
+
+def strata_of(mixture: MixtureConfig, batch_size: int) -> int:
+    """Return over how many intervals a plain DiT's timesteps are spread."""
+    return min(mixture.num_experts, batch_size)

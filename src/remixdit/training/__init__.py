@@ -1,0 +1,1 @@
+"""`train(config)`: start or resume, step, record."""

@@ -1,0 +1,258 @@
+"""What a training run is asked to do.
+
+Frozen dataclasses; the command line shows the line under each field as its help.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remixdit.diffusion.dit import DiTConfig
+from remixdit.first.optim import OptimizerConfig
+from remixdit.mixture.coefficients import KINDS, check_counts
+
+__all__ = [
+    "MAY_CHANGE",
+    "PRECISIONS",
+    "MixtureConfig",
+    "ObjectiveConfig",
+    "OutputConfig",
+    "TrainConfig",
+]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What a resumed run may have otherwise than the run it goes on with; boundaries follow from others.
+MAY_CHANGE = {
+    *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
+    *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Bases, experts and how a step chooses among them."""
+
+    num_bases: int = 4
+    """K; 1 with num_experts 1 is a plain DiT."""
+    num_experts: int = 20
+    """N, at least K."""
+    experts_per_step: int = 0
+    """M distinct experts share every batch; 0 for all N. 1 is the published method."""
+    mixed: str = "attention+mlp"
+    """attention+mlp, all, or patterns of parameter names with commas between."""
+    coefficients: str = "softmax"
+    """softmax, raw or one_hot (frozen: with K = N, independent experts)."""
+    per_block: bool = False
+    """One coefficient table a block instead of one for all."""
+    symmetry: float = 8.0
+    """How strongly an expert prefers its own basis at the start: 0 is not, 10 nearly alone."""
+    intervals: str = "auto"
+    """uniform: equal widths in timesteps; log_snr: equal widths in log-SNR; auto: log_snr where
+    every step holds all intervals and the network predicts the noise, else uniform."""
+    prior_strength: float = 0.0
+    """gamma: weight of the pull of each expert to its own basis."""
+    prior_schedule: str = "linear"
+    """linear: falls to exactly 0 at the last step; constant."""
+    basis_noise: float = 0.0
+    """Noise added to the bases at the start, relative to the size of each parameter."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        check_counts(self.num_bases, self.num_experts)
+        if self.coefficients not in KINDS:
+            raise ValueError(
+                f"coefficients must be one of {', '.join(KINDS)}, got {self.coefficients!r}"
+            )
+        if self.intervals not in ("auto", "uniform", "log_snr"):
+            raise ValueError(f"intervals must be auto, uniform or log_snr, got {self.intervals!r}")
+        if self.prior_schedule not in ("linear", "constant"):
+            raise ValueError(
+                f"prior_schedule must be linear or constant, got {self.prior_schedule!r}"
+            )
+        self._check_start()
+        if self.prior_strength and self.coefficients != "softmax":
+            raise ValueError(
+                f"prior_strength must be 0 for {self.coefficients} coefficients, "
+                f"got {self.prior_strength}"
+            )
+        if not 0 <= self.experts_per_step <= self.num_experts:
+            raise ValueError(
+                f"experts_per_step must be in 0..{self.num_experts}, got {self.experts_per_step}"
+            )
+
+    def _check_start(self) -> None:
+        """Refuse bases that would stay equal for ever, and strengths below 0."""
+        apart = [getattr(self, name) for name in ("symmetry", "basis_noise", "prior_strength")]
+        if min(apart) < 0:
+            raise ValueError(f"symmetry, basis_noise, prior_strength must be >= 0, got {apart}")
+        if self.num_bases > 1 and not any(apart):
+            raise ValueError(
+                "symmetry must be above 0 without basis_noise or prior_strength, got 0: "
+                "equal bases with equal coefficients would stay equal for ever"
+            )
+
+    def prior_at(self, step: int, total_steps: int) -> float:
+        """Return the prior's strength at a step in [0, total_steps)."""
+        if self.prior_schedule == "constant":
+            return self.prior_strength
+        return self.prior_strength * (1 - step / max(1, total_steps - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the network learns to predict, and from what."""
+
+    prediction_type: str = "epsilon"
+    """epsilon, v_prediction or flow_prediction."""
+    label_dropout: float = 0.1
+    """Share of the labels replaced by the null label, for guidance."""
+    logit_normal: bool = False
+    """Flow matching: draw t logit-normal instead of uniform."""
+    timestep_strata: int = 0
+    """A plain DiT alone: spread every batch evenly over so many intervals; 0 or 1 for not."""
+    mirror: bool = False
+    """Mirror half of the images, left to right."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
+        if self.timestep_strata < 0:
+            raise ValueError(f"timestep_strata must be at least 0, got {self.timestep_strata}")
+        if self.logit_normal and self.prediction_type != "flow_prediction":
+            raise ValueError("logit_normal must be false without flow_prediction, got true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run writes, and how often; all in optimizer steps."""
+
+    log_every: int = 100
+    """Between lines of metrics."""
+    save_every: int = 5000
+    """Between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """The newest so many are kept."""
+    sample_every: int = 0
+    """Between grids of sampled images; 0 for none."""
+    sample_images: int = 16
+    """Images of a grid."""
+    sample_inference_steps: int = 50
+    """Steps of their trajectories."""
+    tensorboard: bool = True
+    """Write curves and pictures for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        for name in (
+            *("log_every", "save_every", "keep_checkpoints"),
+            *("sample_images", "sample_inference_steps"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sample_every < 0:
+            raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str
+    """Encoded shards, or images: a folder of class folders, Parquet, npz, tar, a name."""
+    output_dir: Path
+    """The run's directory; the same command again resumes."""
+    init_from: str | None = None
+    """Start from this model: a plain DiT to remix, or a mixture to go on with."""
+    steps: int = 100_000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images a step, over all processes and experts."""
+    micro_batch_size: int = 0
+    """Images run at once on one process; 0 for all. Saves memory, changes nothing else."""
+    recompute: bool = False
+    """Compute each block again on the way back instead of keeping its activations. Saves memory."""
+    image_size: int | None = None
+    """Edge of the images of a source that is not encoded; by default the network's input_size."""
+    strict: bool = False
+    """Refuse data with images that cannot be read, instead of leaving those out."""
+    new_labels: bool = False
+    """Learn the class embedding afresh, for data with other classes than init_from."""
+    seed: int = 0
+    """Of weights, data order, timesteps, noise."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "fp32"
+    """fp32, or bf16: a bfloat16 network under float32 bases."""
+    shard: bool = False
+    """Share bases, moments and averages out over the processes, in slices of equal size."""
+    shard_size: int = 0
+    """Processes that share one copy of all that out, such as those of a machine; 0 for all."""
+    compile: bool = False
+    """Compile the network, once for all experts, and the update (on a GPU it always is)."""
+    network: DiTConfig = field(default_factory=DiTConfig)
+    """Shape of the network; input_size, in_channels and num_classes are taken from the data."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse values that do not fit together, before anything is read or written."""
+        least_of = {"steps": 1, "batch_size": 1, "micro_batch_size": 0, "image_size": 8}
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.shard_size < 0 or (self.shard_size and not self.shard):
+            raise ValueError(f"shard_size must be 0 without shard, got {self.shard_size}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if self.objective.timestep_strata > 1 and self.mixture.num_experts > 1:
+            raise ValueError(
+                "timestep_strata must be 0 with several experts, whose intervals are the strata, "
+                f"got {self.objective.timestep_strata}"
+            )
+        if self.strata_per_step > self.batch_size:
+            raise ValueError(
+                f"batch_size must be at least one image for each of {self.strata_per_step} "
+                f"intervals a step, got {self.batch_size}"
+            )
+
+    @property
+    def strata_per_step(self) -> int:
+        """M: how many intervals every batch is spread over."""
+        if self.mixture.num_experts == 1:
+            return max(1, self.objective.timestep_strata)
+        return self.mixture.experts_per_step or self.mixture.num_experts
+
+    @property
+    def interval_policy(self) -> str:
+        """How timesteps are cut into intervals: uniform or log_snr.
+
+        Most of the loss of a network that predicts noise is where there is little of it. Intervals
+        of equal width in log-SNR have more experts there, and more images if every step holds all
+        of them. Otherwise each is drawn in proportion to its timesteps.
+        """
+        if self.mixture.intervals != "auto":
+            return self.mixture.intervals
+        total = max(self.mixture.num_experts, self.objective.timestep_strata)
+        together = self.strata_per_step == total > 1
+        predicts_noise = self.objective.prediction_type == "epsilon"
+        return "log_snr" if together and predicts_noise else "uniform"
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the experts of a step must run one after the other.
+
+        All at once takes more memory, which who asks for less does not want; compiled, the network
+        runs one expert at a time.
+        """
+        return bool(self.micro_batch_size or self.recompute or self.compile)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**asdict(self), "output_dir": str(self.output_dir)}

@@ -1,0 +1,185 @@
+"""Named training runs.
+
+Each is a set of changes to the defaults of `TrainConfig`, with the number that it yields. The
+numbers of the paper (arXiv 2412.05628) are FID on ImageNet 256x256 with guidance 1.5; a number
+counts as measured only if this package produced it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from remixdit.diffusion.dit import DiTConfig
+from remixdit.first.optim import OptimizerConfig
+from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
+
+__all__ = ["PRESETS", "Preset", "preset", "train_config"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named training run."""
+
+    summary: str
+    """What it is, in one line."""
+    result: str
+    """What it yields."""
+    settings: Mapping[str, Any]
+    """Fields of `TrainConfig` other than its defaults."""
+
+
+FINE_TUNING = OptimizerConfig(learning_rate=2e-5)
+PLAIN = MixtureConfig(num_bases=1, num_experts=1)
+NOT_MEASURED = "not measured"
+S2 = DiTConfig.named("S/2")
+
+
+def remixed(size: str, published: str, experts_per_step: int = 0) -> Preset:
+    """Return the fine-tuning of a published size; all experts in every step by default."""
+    shared = f"{experts_per_step or 'all'} experts every step"
+    return Preset(
+        f"fine-tune a pre-trained DiT-{size} (--from) into K = 4, N = 20, {shared}",
+        f"not measured; published with one expert a step: {published}",
+        {
+            "network": DiTConfig.named(size),
+            "optimizer": FINE_TUNING,
+            "mixture": MixtureConfig(experts_per_step=experts_per_step),
+        },
+    )
+
+
+def fine_tuned_s2(summary: str, result: str = NOT_MEASURED, **changes: Any) -> Preset:
+    """Return the fine-tuning of a pre-trained DiT-S/2 with another mixture."""
+    return Preset(
+        f"fine-tune a DiT-S/2 (--from): {summary}",
+        result,
+        {"network": S2, "optimizer": FINE_TUNING, **changes},
+    )
+
+
+SMALL = DiTConfig(
+    input_size=16, patch_size=4, hidden_size=96, depth=4, num_heads=3, in_channels=3, num_classes=10
+)
+
+PRESETS = {
+    "tiny": Preset(
+        "seconds on a CPU, for tests: a network of 32 x 2 on images of 16 pixels, K = 2, N = 4",
+        "proves that the commands run; learns little",
+        {
+            "network": DiTConfig(
+                input_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, in_channels=3
+            ),
+            "mixture": MixtureConfig(num_bases=2, num_experts=4),
+            "optimizer": OptimizerConfig(learning_rate=1e-3),
+            "output": OutputConfig(log_every=5, save_every=10, tensorboard=False),
+            "steps": 20,
+            "batch_size": 16,
+        },
+    ),
+    "pixels-small": Preset(
+        "from scratch on pixels of 32 x 32, such as CIFAR-10: DiT-S/4, K = 4, N = 8, mirrored",
+        NOT_MEASURED,
+        {
+            "network": DiTConfig.named("S/4", in_channels=3, num_classes=10),
+            "mixture": MixtureConfig(num_experts=8),
+            "objective": ObjectiveConfig(mirror=True),
+            "optimizer": OptimizerConfig(learning_rate=2e-4, warmup_steps=1000),
+        },
+    ),
+    "pixels-16-plain": Preset(
+        "from scratch on pixels of 16 x 16: a plain DiT of 0.7 M parameters, minutes on a CPU",
+        "CIFAR-10: validation loss 0.04864 (docs/results/cifar10-16)",
+        {
+            "network": SMALL,
+            # As measured, and as pre-trained DiTs are: timesteps spread evenly.
+            "mixture": replace(PLAIN, intervals="uniform"),
+            "objective": ObjectiveConfig(mirror=True, timestep_strata=20),
+            "optimizer": OptimizerConfig(
+                learning_rate=2e-3,
+                betas=(0.9, 0.99),
+                warmup_steps=200,
+                lr_schedule="cosine",
+                ema_decay=0.998,
+            ),
+            "steps": 6000,
+            "batch_size": 256,
+            "precision": "bf16",
+        },
+    ),
+    "pixels-16": Preset(
+        "fine-tune it (--from) into K = 4, N = 20, all experts every step",
+        "CIFAR-10: loss 0.04864 -> 0.04719; continued 0.04844, stratified 0.04769",
+        {
+            "network": SMALL,
+            "objective": ObjectiveConfig(mirror=True),
+            "optimizer": OptimizerConfig(learning_rate=32e-4, warmup_steps=100, ema_decay=0.995),
+            "steps": 1200,
+            "batch_size": 240,  # a multiple of the 20 experts
+            "precision": "bf16",
+        },
+    ),
+    "s2-plain": Preset(
+        "from scratch: the plain DiT-S/2 to start others from, as published",
+        NOT_MEASURED,
+        {"network": S2, "mixture": PLAIN, "steps": 400_000},
+    ),
+    "s2": remixed("S/2", "FID 26.51 -> 22.84"),
+    "b2": remixed("B/2", "FID 10.11 -> 9.02"),
+    # Too large for all experts in one pass; in turn, more than K of them move many times the bytes.
+    "l2": remixed("L/2", "FID 3.73 -> 3.22", experts_per_step=4),
+    "xl2": remixed("XL/2", "nothing", experts_per_step=4),
+    "published": fine_tuned_s2(
+        "the paper's method, one expert a step, its prior",
+        "not measured; published: FID 26.51 -> 22.84",
+        mixture=MixtureConfig(experts_per_step=1, prior_strength=1e-4, intervals="uniform"),
+    ),
+    "continued": fine_tuned_s2(
+        "the baseline, a plain DiT, with timesteps stratified as those of 20 experts are",
+        "not measured; published without strata: FID 26.51 -> 26.05",
+        mixture=PLAIN,
+        objective=ObjectiveConfig(timestep_strata=20),
+    ),
+    "independent": fine_tuned_s2(
+        "8 experts that share nothing, one a step, so each gets 1/8 of the steps",
+        "not measured; published: FID 26.51 -> 25.00",
+        mixture=MixtureConfig(
+            num_bases=8, num_experts=8, mixed="all", coefficients="one_hot", experts_per_step=1
+        ),
+    ),
+    "oracle": fine_tuned_s2(
+        "4 bases, each serving 5 of 20 intervals alone (frozen one-hot coefficients)",
+        mixture=MixtureConfig(coefficients="one_hot"),
+    ),
+    "raw": fine_tuned_s2(
+        "coefficients free instead of softmax", mixture=MixtureConfig(coefficients="raw")
+    ),
+    "per-block": fine_tuned_s2(
+        "a coefficient table for each block", mixture=MixtureConfig(per_block=True)
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """Return a preset by name."""
+    if name not in PRESETS:
+        close = get_close_matches(name, PRESETS, 1)
+        hint = f"; perhaps {close[0]}" if close else ""
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{hint}")
+    return PRESETS[name]
+
+
+def train_config(
+    name: str, *, data: str | Path, output_dir: str | Path, **changes: Any
+) -> TrainConfig:
+    """Return the run of a preset.
+
+    Args:
+        name: Of the preset.
+        data: Shards or images.
+        output_dir: The run's directory.
+        changes: Other fields of `TrainConfig`.
+    """
+    settings = {**preset(name).settings, **changes}
+    return TrainConfig(data=str(data), output_dir=Path(output_dir), **settings)

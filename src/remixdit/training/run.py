@@ -1,0 +1,195 @@
+"""The directory of a training run: its configuration, its log, what may change on resume.
+
+config.json     what was asked for, and which data it was
+metrics.jsonl   one JSON object a line; `step` is the number of optimizer steps done
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from remixdit.files import write_file
+
+__all__ = [
+    "DATA_DIR",
+    "Board",
+    "append_metrics",
+    "check_run",
+    "claim_run",
+    "cut_metrics",
+    "location",
+    "read_metrics",
+    "stated_settings",
+]
+
+DATA_DIR = "data"  # where a run keeps what it encoded
+PLACES = {"data", "init_from"}  # settings that are compared by where they lead
+
+
+def check_run(directory: Path, settings: Mapping[str, Any], may_change: set[str]) -> None:
+    """Refuse a directory that a run cannot use; writes nothing.
+
+    Args:
+        directory: New, empty, with nothing but encoded data, or holding a run.
+        settings: JSON values, nested, of the run to come.
+        may_change: Names of settings that a resumed run may have otherwise.
+
+    Raises:
+        ValueError: the directory holds something else, or a run of other settings or damaged.
+    """
+    stated = stated_settings(directory)
+    if stated is not None:
+        refuse_changes(directory, stated, settings, may_change)
+        read_metrics(directory)
+    elif directory.is_dir() and {entry.name for entry in directory.iterdir()} - {DATA_DIR}:
+        raise ValueError(f"output_dir must be empty or hold a run, got {directory}")
+    elif directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {directory}")
+    parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise ValueError(f"output_dir must be in a directory, got the file {parent}")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"output_dir must be writable, got {directory}")
+
+
+def claim_run(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    write_file(directory / "config.json", lambda beside: beside.write_text(text, "utf-8"))
+
+
+def refuse_changes(
+    directory: Path, before: Mapping[str, Any], now: Mapping[str, Any], may_change: set[str]
+) -> None:
+    """Refuse to go on with a run under other settings, naming each."""
+    old, new = flat(before), flat(now)
+    changed = [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if name.split(".")[-1] not in {*may_change, "data_digest"}
+        and not is_same(name, old.get(name), new.get(name))
+    ]
+    if "data_digest" not in may_change and old.get("data_digest") != new.get("data_digest"):
+        changed.append(f"data was {old.get('data')!r}, now {new.get('data')!r} with other images")
+    if changed:
+        raise ValueError(
+            f"output_dir must hold a run of this configuration, got {directory}: "
+            + "; ".join(changed)
+        )
+
+
+def is_same(name: str, old: Any, new: Any) -> bool:
+    """Whether a setting is what it was; a place may be spelled otherwise."""
+    if name in PLACES and isinstance(old, str) and isinstance(new, str):
+        return old == new or Path(old).resolve() == Path(new).resolve()
+    return bool(old == new)
+
+
+def location(name: str) -> str:
+    """Return where a file or directory is, however it is spelled; other names as they are."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name
+
+
+def stated_settings(directory: Path) -> dict[str, Any] | None:
+    """Return what a run was asked for before, None for a new one."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    return json_object(path, path.read_text("utf-8", errors="replace"))
+
+
+def json_object(place: object, text: str) -> dict[str, Any]:
+    """Return a JSON object; name the place that was to hold one."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}")
+    return found
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def append_metrics(directory: Path, row: Mapping[str, Any]) -> None:
+    """Add a line to `metrics.jsonl`."""
+    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({name: strict(value) for name, value in row.items()}) + "\n")
+
+
+def strict(value: Any) -> Any:
+    """Return a value as strict JSON has it: what is not finite is null."""
+    if isinstance(value, list):
+        return [strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`, without one that a crash cut short."""
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    return [json_object(f"line {n} of {path}", text) for n, text in enumerate(lines[:-1], start=1)]
+
+
+def cut_metrics(directory: Path, step: int) -> None:
+    """Drop what `metrics.jsonl` says of steps after the checkpoint that a run resumes from."""
+    rows = [row for row in read_metrics(directory) if row["step"] <= step]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_file(directory / "metrics.jsonl", lambda beside: beside.write_text(text, "utf-8"))
+
+
+class Board:
+    """TensorBoard curves, heat maps and samples of a run."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Write the numbers of one line of metrics; lists get one curve an interval."""
+        for name, value in row.items():
+            if isinstance(value, list):
+                for i, part in enumerate(value):
+                    if part is not None:
+                        self._scalar(f"{name}/{i:03d}", part, row["step"])
+            elif name != "step" and value is not None:
+                self._scalar(name, value, row["step"])
+
+    def add_coefficients(
+        self, coefficients: np.ndarray, boundaries: tuple[float, ...], step: int
+    ) -> None:
+        """Draw the (N, K) or (L, N, K) coefficients as a heat map."""
+        from remixdit.figures.plots import coefficients_heatmap
+
+        figure = coefficients_heatmap(coefficients, np.asarray(boundaries))
+        self.writer.add_figure("coefficients", figure, step)
+
+    def add_samples(self, grid: np.ndarray, step: int) -> None:
+        """Show a picture, (H, W, C) uint8."""
+        self.writer.add_image("samples", grid, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self.writer.close()
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        self.writer.add_scalar(name, value, step)

@@ -1,0 +1,235 @@
+"""What a training run starts with: its data, its settings, its model.
+
+The model is new, remixed from a plain DiT, or a mixture; the data decide its size, channels and
+classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from remixdit.data import ShardDataset, check_apart, is_shard_dir, open_source
+from remixdit.data.autoencoder import Pixels
+from remixdit.diffusion.dit import DiT, DiTConfig
+from remixdit.diffusion.intervals import Intervals, LogitNormal
+from remixdit.diffusion.noise import Diffusion, Flow
+from remixdit.model.config import RemixConfig, noise_process
+from remixdit.model.loading import load_model, model_config, newest_checkpoint
+from remixdit.model.model import RemixDiT
+from remixdit.seeds import generator_for
+from remixdit.training.config import TrainConfig
+from remixdit.training.run import DATA_DIR, location, stated_settings
+
+__all__ = [
+    "Outline",
+    "outline_of",
+    "settings_of",
+    "starting_model",
+    "stretched_schedules",
+    "training_strata",
+]
+
+
+class Outline(NamedTuple):
+    """What a model needs to know of the data; known before they are encoded."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of a latent."""
+    class_names: tuple[str, ...]
+    """One a class; none for data without labels."""
+    autoencoder: Mapping[str, Any]
+    """Between latents and pixels."""
+
+
+def outline_of(config: TrainConfig) -> Outline:
+    """Look at the data of a run, without writing anything."""
+    shards = encoded_data(config)
+    if shards is not None:
+        return Outline(shards.shape, shards.class_names, shards.autoencoder)
+    check_apart(config.data, config.output_dir)
+    source, size = open_source(config.data), config.image_size or config.network.input_size
+    return Outline((source.channels, size, size), source.class_names, Pixels.spec)
+
+
+def settings_of(config: TrainConfig, model: RemixDiT) -> dict[str, Any]:
+    """Return what a run's config.json holds."""
+    shards = encoded_data(config)
+    return {
+        **config.to_json(),
+        "data": location(config.data),
+        "init_from": location(config.init_from) if config.init_from else None,
+        # What is trained, which a model to start from may have decided.
+        "network": asdict(model.config.network),
+        "mixture": {**asdict(config.mixture), "intervals": config.interval_policy},
+        # Of the intervals that losses are logged for: experts', or a plain DiT's strata.
+        "boundaries": list(training_strata(model, config).boundaries),
+        "data_digest": shards.digest if shards is not None else None,
+    }
+
+
+def encoded_data(config: TrainConfig) -> ShardDataset | None:
+    """Return the shards of a run, None where its data are still to be encoded."""
+    for directory in (Path(config.data), config.output_dir / DATA_DIR):
+        if is_shard_dir(directory):
+            return ShardDataset(directory)
+    return None
+
+
+def stretched_schedules(config: TrainConfig) -> str:
+    """Return what to know of a run that goes on to another last step, "" if there is nothing."""
+    stated, newest = stated_settings(config.output_dir), newest_checkpoint(config.output_dir)
+    before, mixture = (stated or {}).get("steps"), config.mixture
+    names = ["lr_schedule cosine"] if config.optimizer.lr_schedule == "cosine" else []
+    if mixture.prior_strength and mixture.prior_schedule == "linear":
+        names.append("prior_schedule linear")
+    if newest is None or before == config.steps or not names:
+        return ""
+    done = int(newest.name.removeprefix("step-"))
+    return (
+        f"the end of {' and '.join(names)} moves from step {before} to {config.steps}: up to step "
+        f"{done} this run is one of {before} steps, from there on one of {config.steps}, so its "
+        "result is that of neither"
+    )
+
+
+def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
+    """Return the intervals that timesteps are drawn in: the experts', or a plain DiT's strata."""
+    intervals, strata = model.intervals, config.objective.timestep_strata
+    if model.num_experts == 1 and strata > 1:
+        intervals = cut_intervals(model.config, strata, config.interval_policy)
+    if config.objective.logit_normal:
+        intervals = replace(intervals, distribution=LogitNormal())
+    return intervals
+
+
+def starting_model(config: TrainConfig, data: Outline) -> RemixDiT:
+    """Return the model that a run starts with: new, remixed from a plain DiT, or given."""
+    newest = newest_checkpoint(config.output_dir)
+    if config.init_from and newest is not None:
+        # The checkpoint will replace what the run started from, which may be gone.
+        return RemixDiT(model_config(newest))
+    given = load_model(config.init_from) if config.init_from else None
+    target = target_config(config, data, given)
+    if given is not None:
+        refuse_other_autoencoder(given.config.autoencoder, data.autoencoder)
+    if given is not None and given.num_experts > 1:
+        refuse_other_mixture(given.config, target)
+        return given
+    if given is None:
+        model = RemixDiT(target, seed=config.seed)
+    else:
+        model = RemixDiT(target, adapted(given.expert(0), target.network, config))
+    if config.mixture.coefficients != "one_hot":
+        model.mixture.prefer_own(config.mixture.symmetry)
+    if config.mixture.basis_noise:
+        generator = generator_for(config.seed, "basis noise")
+        model.mixture.perturb(config.mixture.basis_noise, generator)
+    return model
+
+
+def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) -> RemixConfig:
+    """Return the configuration of the model to train."""
+    channels, height, _ = data.shape
+    objective, mixture = config.objective, config.mixture
+    network = replace(
+        given.config.network if given else config.network,
+        input_size=height,
+        in_channels=channels,
+        num_classes=len(data.class_names),
+    )
+    if given and given.config.prediction_type != objective.prediction_type:
+        raise ValueError(
+            f"prediction_type must be that of init_from, {given.config.prediction_type}, "
+            f"got {objective.prediction_type}"
+        )
+    if objective.prediction_type == "flow_prediction":
+        network = replace(network, learn_sigma=False)
+    target = RemixConfig(
+        network=network,
+        num_bases=mixture.num_bases,
+        num_experts=mixture.num_experts,
+        mixed=mixture.mixed,
+        coefficients=mixture.coefficients,
+        per_block=mixture.per_block,
+        prediction_type=objective.prediction_type,
+        class_names=data.class_names,
+        autoencoder=data.autoencoder,
+        license=given.config.license if given else "",
+    )
+    if given and given.num_experts == mixture.num_experts > 1 and mixture.intervals == "auto":
+        return replace(target, boundaries=given.config.boundaries)
+    if config.interval_policy == "uniform":
+        return target
+    cut = cut_intervals(target, mixture.num_experts, config.interval_policy)
+    return replace(target, boundaries=cut.boundaries)
+
+
+def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
+    """Cut the timesteps of a model's noise process into intervals.
+
+    Args:
+        config: Of the model.
+        count: How many.
+        policy: "uniform", of equal width in timesteps, or "log_snr", in log-SNR.
+    """
+    process: Diffusion | Flow = noise_process(config)
+    if isinstance(process, Diffusion):
+        if policy == "uniform":
+            return Intervals.uniform(count, config.num_train_timesteps)
+        return Intervals.by_log_snr(count, process.log_snr)
+    if policy == "uniform":
+        return Intervals.continuous(count)
+    return Intervals.continuous_by_log_snr(count, process.log_snr)
+
+
+def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:
+    """Return a pre-trained DiT for the data at hand: any input size, new labels if asked for."""
+    before = network.config
+    if before.in_channels != shape.in_channels or before.learn_sigma != shape.learn_sigma:
+        raise ValueError(
+            f"init_from must be a model of {shape.in_channels} channels with learn_sigma "
+            f"{shape.learn_sigma}, as the data and the objective need, got "
+            f"{before.in_channels} and {before.learn_sigma}"
+        )
+    if before.num_classes != shape.num_classes and not config.new_labels:
+        raise ValueError(
+            f"init_from must be a model of the data's {shape.num_classes} classes, got "
+            f"{before.num_classes}; --new-labels learns the class embedding afresh"
+        )
+    fresh = DiT(shape, config.seed)
+    weights = network.state_dict()
+    if before.num_classes != shape.num_classes or config.new_labels:
+        weights = {name: v for name, v in weights.items() if not name.startswith("y_embedder")}
+    fresh.load_state_dict(weights, strict=False)
+    return fresh
+
+
+def refuse_other_autoencoder(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse latents that another autoencoder made than those the model was trained on.
+
+    Compared is what both state: an imported model may know no more than a name, and the same
+    weights may lie under another.
+    """
+    for name in sorted((own.keys() & other.keys()) - {"name"}):
+        if own[name] != other[name]:
+            raise ValueError(
+                f"{name} of the data's autoencoder must be that of init_from, {own[name]}, "
+                f"got {other[name]}"
+            )
+    if "digest" in own and "digest" not in other:
+        raise ValueError(f"data must be latents of {own['name']}, as for init_from, got pixels")
+
+
+def refuse_other_mixture(given: RemixConfig, target: RemixConfig) -> None:
+    """Refuse to train a mixture under settings that are not its own."""
+    names = ("num_bases", "num_experts", "mixed", "coefficients", "per_block")
+    pairs = {
+        name: (getattr(given, name), getattr(target, name))
+        for name in (*names, "boundaries", "prediction_type")
+    }
+    asked_network = asdict(target.network)
+    pairs |= {name: (own, asked_network[name]) for name, own in asdict(given.network).items()}
+    for name, (own, asked) in pairs.items():
+        if own != asked:
+            raise ValueError(f"{name} must be that of init_from, {own}, got {asked}")

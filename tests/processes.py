@@ -1,0 +1,84 @@
+"""What tests of several processes share: how they start, and runs compared."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from remixdit.training.run import read_metrics
+
+# Adam makes a step of full size of a gradient that is nothing but rounding, so eps is large.
+OPTIONS = "--log-every 1 --steps 6 --ema-decay 0.5 --eps 1e-4 --basis-noise 0.3"
+# name: options of a run; the tiny preset has K = 2 and N = 4
+RUNS = {
+    "one expert a step": "--experts-per-step 1",
+    "two experts in turn": "--experts-per-step 2 --micro-batch-size 3",
+    "all experts in turn": "--micro-batch-size 3",
+    "two experts at once": "--experts-per-step 2",
+    "all experts at once": "--per-block --prior-strength 1e-2",
+    "plain": "--num-bases 1 --num-experts 1 --timestep-strata 4",
+    "one-hot": "--coefficients one_hot --experts-per-step 3",
+    "raw": "--coefficients raw --max-grad-norm 0.1",
+}
+
+
+def command(line: str, num_processes: int) -> list[str]:
+    """Return the words that start remixdit on so many processes."""
+    start = f"-m torch.distributed.run --standalone --nproc-per-node {num_processes} "
+    return [sys.executable, *f"{start * (num_processes > 1)}-m remixdit {line}".split()]
+
+
+def launch(line: str, num_processes: int = 2, code: int = 0) -> str:
+    """Run a command on several processes; return what it wrote to stderr."""
+    done = subprocess.run(
+        command(line, num_processes),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of every process: a thread each, and warnings are errors."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def assert_close_runs(run: Path, other: Path, step: int = 6) -> None:
+    """Compare losses, weights and averages up to rounding."""
+    ours, theirs = (read_metrics(path) for path in (run, other))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for name in ("loss", "grad_norm", "logits_task_grad"):
+        found, expected = ([row[name] for row in rows] for rows in (ours, theirs))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=name)
+    for name in (f"checkpoints/step-{step:08}/model", f"checkpoints/step-{step:08}/ema"):
+        found, expected = (load_file(path / f"{name}.safetensors") for path in (run, other))
+        assert found.keys() == expected.keys()
+        for key, values in found.items():
+            torch.testing.assert_close(values, expected[key], rtol=1e-4, atol=1e-6)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def assert_equal_runs(run: Path, other: Path, step: int = 20) -> None:
+    """Compare all weights, averages and moments bit for bit, and the losses."""
+    names = [f"checkpoints/step-{step:08}/{part}" for part in ("model", "ema", "optimizer")]
+    for name in (*names, "model/model"):
+        ours, theirs = (load_file(path / f"{name}.safetensors") for path in (run, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    ours, theirs = ([(r["step"], r["loss"]) for r in read_metrics(path)] for path in (run, other))
+    assert ours == theirs
