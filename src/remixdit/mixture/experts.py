@@ -1,0 +1,296 @@
+"""The N experts of a remixed network: the table of logits, and which images belong to whom.
+
+    weights[n] = sum_k coefficients[n, k] * bases[k],    coefficients = softmax(logits)
+
+    with experts.route(expert_of_image):
+        outputs = network(inputs)
+    plain = experts.plain(n)
+
+Shapes: K bases, N experts, L coefficient tables (1, or one a block and one for the rest), M experts
+that a batch of B images holds.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from remixdit.mixture.coefficients import initial_table, own_basis_loss
+from remixdit.mixture.product import Span
+
+__all__ = ["Batch", "Experts"]
+
+
+class Route(NamedTuple):
+    """How the images of a batch are grouped by expert."""
+
+    experts: Tensor
+    """(M,) distinct experts, on the device."""
+    spans: tuple[Span, ...]
+    """How many images each has."""
+    order: Tensor | None
+    """(B,) places of the images, expert by expert; None if they are given so."""
+    inverse: Tensor | None
+    """(B,) where each image went."""
+
+
+class Batch(NamedTuple):
+    """What the layers need to know of the batch at hand."""
+
+    coefficients: Tensor
+    """(L, M, K), differentiable with respect to the logits."""
+    spans: tuple[Span, ...]
+    order: Tensor | None
+    inverse: Tensor | None
+
+    def images(self, values: Tensor) -> int:
+        """Return B, which divides the first dimension of what a layer is given."""
+        count = sum(experts * size for experts, size in self.spans)
+        if len(values) % count:
+            raise ValueError(
+                f"a mixed layer must be given rows of each of the {count} images that "
+                f"experts.route was told of, got {tuple(values.shape)}"
+            )
+        return count
+
+    def in_order(self, images: Tensor) -> Tensor:
+        """Return (B, ...) expert by expert; without a copy if they are given so."""
+        return images if self.order is None else images[self.order]
+
+    def as_given(self, images: Tensor) -> Tensor:
+        """Return (B, ...) in the order in which the images were given."""
+        return images if self.inverse is None else images[self.inverse]
+
+    def slices(self) -> Iterator[slice]:
+        """Yield the place of each expert's images among the ordered ones."""
+        start = 0
+        for experts, size in self.spans:
+            for _ in range(experts):
+                yield slice(start, start + size)
+                start += size
+
+
+class Experts(nn.Module):
+    """The experts of one network, which `remix` makes and registers as its child `experts`.
+
+    Args:
+        network: Its mixed layers ask this object for coefficients.
+        num_bases: K.
+        num_experts: N.
+        kind: "softmax", "raw" or "one_hot".
+        num_tables: L, or 0 for one table without a dimension of its own.
+        symmetry: See `remix`.
+    """
+
+    network: nn.Module
+    _route: Route | None
+    _batch: Batch | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_bases: int,
+        num_experts: int,
+        kind: str = "softmax",
+        num_tables: int = 0,
+        symmetry: float = 8.0,
+    ) -> None:
+        super().__init__()
+        self.num_bases, self.num_experts, self.kind = num_bases, num_experts, kind
+        self.per_block = num_tables > 0
+        table = initial_table(num_bases, num_experts, kind, symmetry)
+        if self.per_block:
+            table = table.expand(num_tables, -1, -1).clone()
+        first = next(network.parameters())
+        table = table.to(first.device, torch.promote_types(first.dtype, torch.float32))
+        self.logits = nn.Parameter(table, requires_grad=kind != "one_hot")
+        self.mixed: dict[str, tuple[str, ...]] = {}  # layer: names of its mixed parameters
+        self.__dict__["network"] = network  # not a child, as this is its child
+        self._forget()
+        network.register_forward_pre_hook(self._begin)
+
+    # --- the batch at hand
+
+    @property
+    def is_mixing(self) -> bool:
+        """Whether experts differ: one basis alone is the plain network."""
+        return self.num_bases > 1 or self.kind == "raw"
+
+    @contextmanager
+    def route(self, expert_of_image: Tensor | Sequence[int]) -> Iterator[None]:
+        """Say which expert each image of a batch belongs to, for all that runs inside.
+
+        Images that are sorted by expert run without a copy; others are gathered and put back by
+        every mixed layer. Whatever a mixed layer is given must begin with the images, in order; it
+        may have several rows for each (frames, heads).
+
+        Gradients may be computed after the block, but with activation checkpointing before the
+        next: layers that run again look at the last route.
+
+        Args:
+            expert_of_image: (B,) integers in [0, N), on the CPU, in any order.
+        """
+        given = torch.as_tensor(expert_of_image)
+        route = grouped_by_expert(given, self.num_experts, self.logits.device)
+        with self._lock:
+            before, self._route = self._route, route
+            try:
+                yield
+            finally:
+                self._route = before
+
+    def forward(self, values: Any) -> Any:
+        """Return what is given: an nn.Sequential runs all of its children, and this is one."""
+        return values
+
+    def current(self) -> Batch:
+        """Return the batch that the network runs, for its layers."""
+        if self._batch is None:
+            raise RuntimeError(NO_ROUTE)
+        return self._batch
+
+    def _begin(self, network: nn.Module, inputs: Any) -> None:
+        """Compute the coefficients of a batch, once for all layers, before the network runs.
+
+        Here rather than in `route`, as FSDP has gathered the logits by now.
+        """
+        if not self.is_mixing:
+            return
+        if self._route is None:
+            raise RuntimeError(NO_ROUTE)
+        experts, spans, order, inverse = self._route
+        self._batch = Batch(self.tables()[:, experts], spans, order, inverse)
+
+    def _forget(self) -> None:
+        self._route = self._batch = None
+        self._lock = threading.RLock()  # threads that share the network take turns
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled: not the batch at hand."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_route", "_batch", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    # --- the table
+
+    def tables(self) -> Tensor:
+        """Return all coefficients (L, N, K), differentiable with respect to the logits."""
+        tables = self.logits if self.per_block else self.logits[None]
+        return tables.softmax(-1) if self.kind == "softmax" else tables
+
+    def coefficients(self, expert: int | None = None) -> Tensor:
+        """Return the coefficients, differentiable with respect to the logits.
+
+        Args:
+            expert: In [0, N), or None for all.
+
+        Returns:
+            (L, K) of one expert, or (L, N, K) of all.
+        """
+        return self.tables() if expert is None else self.tables()[:, expert]
+
+    @torch.no_grad()
+    def prefer_own(self, symmetry: float) -> None:
+        """Let the coefficients start again, from another preference for the own basis."""
+        table = initial_table(self.num_bases, self.num_experts, self.kind, symmetry)
+        self.logits.copy_(table)  # the same for every table
+
+    def prior_loss(self) -> Tensor:
+        """Return (N,) cross-entropies of the coefficients to each expert's own basis.
+
+        Expert n's own basis is floor(n K / N); with several tables, the mean over them.
+        """
+        return own_basis_loss(self.logits if self.per_block else self.logits[None])
+
+    # --- the network
+
+    def bases(self) -> dict[str, nn.Parameter]:
+        """Return the mixed parameters by their name in the network: (K, *), tied ones once."""
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for layer, names in self.mixed.items():
+            for name in names:
+                full = f"{layer}.{name}"
+                parameter = self.network.get_parameter(full)
+                found.setdefault(id(parameter), (full, parameter))
+        return dict(found.values())
+
+    def mixed_names(self) -> set[str]:
+        """Return the names of the mixed parameters, all names of tied ones."""
+        return {f"{layer}.{name}" for layer, names in self.mixed.items() for name in names}
+
+    @torch.no_grad()
+    def plain(self, expert: int) -> nn.Module:
+        """Return an expert as a plain network: the original classes, nothing left of the mixture.
+
+        Args:
+            expert: In [0, N).
+        """
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
+        rows = self.coefficients(expert)
+        tied: dict[int, nn.Parameter] = {}
+        nobody = nn.Identity()
+        memo: dict[int, Any] = {id(self): nobody}
+        for name in self.mixed:
+            layer: Any = self.network.get_submodule(name)
+            memo[id(layer)] = layer.plain(rows, tied)
+        network = copy.deepcopy(self.network, {**memo, **tied})
+        del network.experts
+        hooks = network._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is nobody]:
+            del hooks[key]
+        return network
+
+
+NO_ROUTE = (
+    "a remixed network must know whose images it is given: call it inside "
+    "`with experts.route(expert_of_image):`"
+)
+
+
+def grouped_by_expert(given: Tensor, num_experts: int, device: torch.device) -> Route:
+    """Return how the images of a batch are grouped.
+
+    Args:
+        given: (B,) integers in [0, N), on the CPU.
+        num_experts: N.
+        device: Where the layers run.
+    """
+    check_given(given, num_experts)
+    order = inverse = None
+    experts, counts = given.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    if len(experts.unique()) < len(experts):
+        ordered, order = given.sort(stable=True)
+        inverse = sent(order.argsort(), device)
+        order = sent(order, device)
+        experts, counts = ordered.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    spans = tuple((len(list(equal)), size) for size, equal in groupby(counts.tolist()))
+    return Route(sent(experts.long(), device), spans, order, inverse)
+
+
+def check_given(given: Tensor, num_experts: int) -> None:
+    """Refuse what cannot be the experts of images."""
+    if given.ndim != 1 or not len(given) or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(
+            f"expert_of_image must be (B,) integers, got {tuple(given.shape)} {given.dtype}"
+        )
+    if given.device.type != "cpu":
+        raise ValueError(f"expert_of_image must be on the CPU, got {given.device}")
+    least, most = int(given.min()), int(given.max())
+    if least < 0 or most >= num_experts:
+        raise ValueError(f"expert_of_image must be in [0, {num_experts}), got {least} to {most}")
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return CPU values on a device, without waiting for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,139 @@
+"""Turn chosen layers of any network into layers that hold K bases.
+
+    experts = remix(network, num_bases=4, num_experts=20)
+    with experts.route(expert_of_image):
+        outputs = network(inputs)
+
+The network stays what it was, but for the layers that are replaced in place: any optimizer, DDP,
+FSDP2, torch.compile and activation checkpointing work as they do for any module.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from remixdit.mixture.coefficients import KINDS, check_counts
+from remixdit.mixture.experts import Experts
+from remixdit.mixture.layers import MixedLayer
+from remixdit.mixture.names import block_of, kinds_of, matches, patterns_of, tied_names
+
+__all__ = ["remix"]
+
+# Layers that reach into the layers below them, so that they are mixed as a whole.
+WHOLE = (nn.MultiheadAttention,)
+
+
+def remix(
+    network: nn.Module,
+    num_bases: int,
+    num_experts: int,
+    *,
+    mixed: str | Sequence[str] = "attention+mlp",
+    coefficients: str = "softmax",
+    per_block: bool = False,
+    symmetry: float = 8.0,
+) -> Experts:
+    """Give a network N experts, mixed from K bases that start as copies of its weights.
+
+    Linears run all experts of a batch in one product, other layers expert by expert. Frozen
+    parameters and buffers are left alone: one copy serves all experts. Tied parameters stay tied.
+
+    Args:
+        network: Is changed in place: what `mixed` names becomes (K, *).
+        num_bases: K, in 1..N.
+        num_experts: N, at least 1.
+        mixed: "attention+mlp", "all", or patterns of parameter names ("*.mlp.*"), which one string
+            may hold with commas between.
+        coefficients: "softmax" (learned, positive, summing to 1), "raw" (learned, free) or
+            "one_hot" (frozen: expert n is basis floor(n K / N)).
+        per_block: One table for each block, and one for the rest, instead of one for all.
+        symmetry: How strongly expert n starts with its own basis floor(n K / N); at 0, equal
+            bases would stay equal for ever.
+
+    Returns:
+        The experts, which are also the child `experts` of the network.
+
+    Raises:
+        ValueError: nothing matches, or a parameter that matches cannot be mixed.
+    """
+    check_counts(num_bases, num_experts)
+    if coefficients not in KINDS:
+        raise ValueError(f"coefficients must be one of {', '.join(KINDS)}, got {coefficients!r}")
+    if hasattr(network, "experts"):
+        raise ValueError("network must not have experts of its own, such as of an earlier remix")
+    names = chosen_names(network, patterns_of(mixed))
+    num_tables = max((block_of(name) for name in names), default=-1) + 2 if per_block else 0
+    experts = Experts(network, num_bases, num_experts, coefficients, num_tables, symmetry)
+    stacked: dict[int, nn.Parameter] = {}
+    for name, layer in owners(network, names):
+        own = {n: p for n, p in layer.named_parameters() if f"{name}.{n}" in names}
+        bases = {n: stacked.setdefault(id(p), copies(p, num_bases)) for n, p in own.items()}
+        table = block_of(name + ".") % (num_tables or 1)  # -1 is the last
+        replace(network, layer, MixedLayer(layer, bases, experts, table))
+        experts.mixed[name] = tuple(own)
+    network.experts = experts
+    return experts
+
+
+def copies(parameter: nn.Parameter, num_bases: int) -> nn.Parameter:
+    """Return K copies of a parameter: (K, *)."""
+    return nn.Parameter(parameter.detach().expand(num_bases, *parameter.shape).clone())
+
+
+def chosen_names(network: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Return the names of the parameters to mix; of tied ones, all names."""
+    tied = tied_names(network)
+    named = dict(network.named_parameters(remove_duplicate=False))
+    trainable = [name for name, parameter in named.items() if parameter.requires_grad]
+    chosen = {name for name in trainable if matches(name, patterns)}
+    for name, first in tied.items():
+        if (name in chosen) != (first in chosen):
+            raise ValueError(
+                f"mixed must match all names of a tied parameter or none, got {first} and {name}"
+            )
+    if not chosen:
+        raise ValueError(
+            f"mixed must match a trainable parameter, got {', '.join(patterns)}; "
+            f"this {type(network).__name__} has {kinds_of(trainable)}"
+        )
+    return chosen
+
+
+def owners(network: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers, by name, that the parameters to mix belong to."""
+    whole: tuple[str, ...] = ()
+    for name, layer in list(network.named_modules()):
+        if name.startswith(whole):
+            continue
+        is_whole = isinstance(layer, WHOLE)
+        prefix = f"{name}." if name else ""
+        own = {prefix + n for n, _ in layer.named_parameters(recurse=is_whole)} & names
+        if is_whole:
+            whole += (prefix,)
+        if own:
+            check_layer(name, layer, min(own))
+            yield name, layer
+
+
+def replace(network: nn.Module, layer: nn.Module, mixed: nn.Module) -> None:
+    """Put a layer in the place of another, wherever that is used."""
+    for parent in list(network.modules()):
+        for name, child in parent._modules.items():  # named_children leaves out the second use
+            if child is layer:
+                parent._modules[name] = mixed
+
+
+def check_layer(name: str, layer: nn.Module, first: str) -> None:
+    """Refuse a layer that cannot run expert by expert; `first` is a parameter of it to mix."""
+    if not name:
+        raise ValueError(f"mixed must not match {first}, which belongs to the network itself")
+    if ".parametrizations." in f".{name}." or is_parametrized(layer):
+        raise ValueError(f"mixed must not match {first}, which is parametrized")
+    if any(True for _ in layer.children()) and not isinstance(layer, WHOLE):
+        raise ValueError(
+            f"mixed must match parameters of layers only, got {first} of {name}, a "
+            f"{type(layer).__name__} with layers of its own: leave it out by narrower patterns"
+        )
+    if getattr(layer, "batch_first", True) is False:
+        raise ValueError(f"{name}, to be mixed, must have batch_first True, got False")
