@@ -6,20 +6,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from remixdit.diffusion.dit import DiT, DiTConfig
     from remixdit.diffusion.intervals import Intervals
-    from remixdit.first.mixing import Mixture
+    from remixdit.mixture.experts import Experts
+    from remixdit.mixture.remix import remix
     from remixdit.model.config import RemixConfig
     from remixdit.model.model import RemixDiT
 
-__all__ = ["DiT", "DiTConfig", "Intervals", "Mixture", "RemixConfig", "RemixDiT"]
+__all__ = ["DiT", "DiTConfig", "Experts", "Intervals", "RemixConfig", "RemixDiT", "remix"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "DiT": "diffusion.dit",
     "DiTConfig": "diffusion.dit",
     "Intervals": "diffusion.intervals",
-    "Mixture": "first.mixing",
+    "Experts": "mixture.experts",
     "RemixConfig": "model.config",
     "RemixDiT": "model.model",
+    "remix": "mixture.remix",
 }
 
 

@@ -244,7 +244,7 @@ def opened(path: str, arguments: EvaluateArguments, device: torch.device) -> Rem
     if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
         raise ValueError(f"{path}: no such model, nor owner/name on the hub")
     model = load_model(path, ema=arguments.ema, device=str(device))
-    model.mixture.cast_network(PRECISIONS[arguments.precision])
+    model.sample_with(PRECISIONS[arguments.precision])
     return model
 
 

@@ -67,9 +67,7 @@ def draw(arguments: SampleArguments) -> None:
     model = load_model(arguments.checkpoint, ema=arguments.ema, device=str(device))
     config = sampling_config(arguments, model)
     class_labels = labels_of(model, config).tolist()
-    model.mixture.cast_network(PRECISIONS[arguments.precision])
-    if arguments.compile:
-        model.network.compile()
+    model.sample_with(PRECISIONS[arguments.precision], arguments.compile)
     autoencoder = load_autoencoder(model.config.autoencoder)
     channels = model.config.network.in_channels
     if isinstance(autoencoder, Pixels) and channels not in (1, 3):

@@ -8,9 +8,10 @@ Shapes: B = batch_size over all ranks, R ranks, C H W a latent.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from remixdit.data.order import permuted
 from remixdit.data.shards import ShardDataset
 
 __all__ = ["Batch", "Loader", "check_batch_size"]
+
+Made = TypeVar("Made")
 
 NUM_AHEAD = 3  # batches made while the network runs
 
@@ -62,24 +65,20 @@ class Loader:
         latents, labels = self.dataset.read(indices, epochs, self.seed, mirror=self.mirror)
         return Batch(latents, labels, torch.from_numpy(self.positions.copy()))
 
-    def batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `first_step`, `first_step + 1`, ..., made ahead in a thread."""
-        pending: deque[Future[Batch]] = deque()
+    def batches(self, first_step: int, make: Callable[[int, Batch], Made]) -> Iterator[Made]:
+        """Yield what `make` returns for (step, batch) of `first_step`, `first_step + 1`, ...
+
+        Both batch and what is made of it are made ahead, in a thread.
+        """
+        pending: deque[Future[Made]] = deque()
         # One thread: two would spend their time handing the interpreter lock to and fro.
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
             step = first_step
             while True:
                 while len(pending) < NUM_AHEAD:
-                    pending.append(pool.submit(self._pinned_batch, step))
+                    pending.append(pool.submit(lambda s: make(s, self.batch(s)), step))
                     step += 1
                 yield pending.popleft().result()
-
-    def _pinned_batch(self, step: int) -> Batch:
-        batch = self.batch(step)
-        if not torch.cuda.is_available():
-            return batch
-        # Pinned memory lets the copy to the GPU run beside its work.
-        return Batch(batch.latents.pin_memory(), batch.class_labels.pin_memory(), batch.positions)
 
 
 def check_batch_size(batch_size: int, num_ranks: int) -> None:

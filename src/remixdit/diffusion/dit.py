@@ -112,8 +112,8 @@ class DiT(nn.Module):
     """A diffusion transformer. It never hears of mixing.
 
     Attributes:
-        recompute: Keep only the input of each block for the way back, and run the block again
-            there: a fraction of the memory for a third more arithmetic, the same gradients.
+        recompute: Keep only the input of each block for the backward pass, and run the block
+            again there: a fraction of the memory for a third more arithmetic, the same gradients.
     """
 
     float32_modules = ("t_embedder", "y_embedder", "final_layer")
@@ -137,7 +137,8 @@ class DiT(nn.Module):
         # A function of the shape alone: neither trained nor saved.
         positions = sincos_positions(width, config.input_size // config.patch_size)
         self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, T, D)
-        initialize(self, generator_for(seed, "weights"))
+        if not self.x_embedder.proj.weight.is_meta:
+            initialize(self, generator_for(seed, "weights"))
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None = None
@@ -259,14 +260,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Embed: (B, C, H, W) => (B, T, D), row by row."""
-        if not isinstance(self.proj, nn.Conv2d):
-            return self.proj(latents).flatten(2).transpose(1, 2)
-        batch, channels, height, width = latents.shape
-        patch = self.proj.kernel_size[0]
-        # A product of matrices, which several experts can share, unlike a convolution.
-        grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
-        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C*P*P)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(latents).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -305,7 +299,7 @@ def run_again(block: nn.Module, tokens: Tensor, conditioning: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return softmax(query key^T / sqrt(width)) value, all (B, heads, T, width)."""
     if query.is_cpu and query.dtype == torch.bfloat16:
-        # torch's fused attention on a CPU takes 8 times as long to go back in bfloat16.
+        # torch's fused attention on a CPU takes 8 times as long in the bfloat16 backward pass.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         return scores.softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
@@ -339,8 +333,10 @@ def sincos_positions(width: int, side: int) -> Tensor:
     cosines, at D/4 frequencies (appendix of arXiv 2212.09748). Computed in float64.
     """
     quarter = width // 4
-    omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
+    # On the CPU also where the weights are made without storage, on the meta device.
+    steps = torch.arange(max(quarter, side), dtype=torch.float64, device="cpu")
+    omega = 10000.0 ** -(steps[:quarter] / quarter)
+    angles = steps[:side, None] * omega  # (side, D/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
     columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)  # (T, D/2)
     return torch.cat([columns, rows], dim=1).float()

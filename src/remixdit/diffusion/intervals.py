@@ -221,12 +221,35 @@ class Intervals:
             (B,) int64 in [boundaries[n], boundaries[n + 1]), or float32 for continuous time.
         """
         uniform = torch.rand(count, dtype=torch.float64, generator=generator)
-        start, stop = self.boundaries[expert], self.boundaries[expert + 1]
+        return self.timesteps_at(torch.full((count,), expert), uniform)
+
+    def timesteps_at(self, experts: Tensor, uniform: Tensor) -> Tensor:
+        """Return the training timesteps that uniform numbers stand for, each inside an interval.
+
+        Args:
+            experts: (B,) integers in [0, N).
+            uniform: (B,) float64 in [0, 1): the place of each timestep in its interval, in
+                proportion to the training distribution.
+
+        Returns:
+            (B,) int64 in [boundaries[n], boundaries[n + 1]), or float32 for continuous time.
+        """
         if not self.is_continuous:
-            return start + (uniform * (stop - start)).long()
-        low, high = self.distribution.cdf(start), self.distribution.cdf(stop)
-        drawn = self.distribution.quantile(low + uniform * (high - low))
-        return drawn.float().clamp(float32_at_least(start), float32_below(stop))
+            starts, stops = self._ends(self.boundaries, torch.int64, experts)
+            return starts + (uniform * (stops - starts)).long()
+        below = [self.distribution.cdf(boundary) for boundary in self.boundaries]
+        low, high = self._ends(below, torch.float64, experts)
+        drawn = self.distribution.quantile(low + uniform * (high - low)).float()
+        least = torch.stack([float32_at_least(start) for start in self.boundaries[:-1]])
+        most = torch.stack([float32_below(stop) for stop in self.boundaries[1:]])
+        return drawn.clamp(least[experts], most[experts])
+
+    def _ends(
+        self, cuts: Sequence[float], dtype: torch.dtype, experts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (B,) where the interval of each image begins and ends among N + 1 cuts."""
+        values = torch.tensor(cuts, dtype=dtype)
+        return values[experts], values[experts + 1]
 
 
 def check_count(num_experts: int, num_train_timesteps: int | None) -> None:

@@ -3,23 +3,35 @@
 Every function works on a single process without a process group, and then does nothing.
 """
 
+import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from remixdit.distributed import heartbeat
+__all__ = [
+    "Ranks",
+    "agree",
+    "all_reduce",
+    "barrier",
+    "lose_patience",
+    "num_ranks",
+    "pick_device",
+    "start",
+    "stop",
+]
 
-__all__ = ["Ranks", "all_reduce", "barrier", "pick_device", "start", "stop"]
-
-# A first compilation or encoding may take long; who is gone is found by its heartbeat.
-COLLECTIVE_TIMEOUT = timedelta(hours=24)
+# How long a process waits for the others: encoding and a first compilation may take long, steps
+# do not. The environment may say how many seconds a step may take.
+FIRST_TIMEOUT = timedelta(hours=24)
+STEP_SECONDS = 600
 SMALL_BYTES = 2**20  # tensors up to this size are reduced together
 PATIENCE_SECONDS = 3  # of a process that fails, before it leaves the others
 
@@ -52,18 +64,16 @@ def pick_device(name: str) -> torch.device:
 
 def start(device: torch.device) -> Ranks:
     """Join the process group that torchrun describes in the environment, if there is one."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_ranks == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=FIRST_TIMEOUT,
             device_id=device if on_gpu else None,
         )
-        heartbeat.start(dist.get_rank(), num_ranks)
-    return Ranks(dist.get_rank(), num_ranks)
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def stop() -> None:
@@ -74,7 +84,6 @@ def stop() -> None:
     """
     if dist.is_initialized() and dist.get_rank() and sys.exc_info()[0] is not None:
         time.sleep(PATIENCE_SECONDS)
-    heartbeat.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -103,6 +112,43 @@ def all_reduce(tensors: Iterable[Tensor]) -> int:
         for tensor, values in zip(group, torch.split(flat, sizes), strict=True):
             tensor.copy_(values.view_as(tensor))
     return sum(part.nbytes for part in parts + joined)
+
+
+def num_ranks() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def lose_patience() -> None:
+    """Wait minutes at most for another process from now on; one that hangs ends all."""
+    if dist.is_initialized():
+        seconds = float(os.environ.get("REMIXDIT_STEP_SECONDS", STEP_SECONDS))
+        _set_pg_timeout(timedelta(seconds=seconds))
+
+
+def agree(facts: Mapping[str, object]) -> None:
+    """Make sure that all processes are about to do the same.
+
+    Args:
+        facts: What has to be equal, by the name that an error gives it.
+
+    Raises:
+        ValueError: the first fact in which a process differs from the first one.
+    """
+    if not dist.is_initialized():
+        return
+    digests = [hashlib.sha256(str(value).encode()).digest()[:8] for value in facts.values()]
+    own = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    every = [torch.empty_like(own, device=device) for _ in range(num_ranks())]
+    dist.all_gather(every, own.to(device))
+    for name, values in zip(facts, torch.stack(every).t().tolist(), strict=True):
+        others = [rank for rank, value in enumerate(values) if value != values[0]]
+        if others:
+            raise ValueError(
+                f"{name} must be the same for all processes, got another on process {others[0]} "
+                "than on process 0: do all see the same files?"
+            )
 
 
 def barrier() -> None:

@@ -143,9 +143,8 @@ def mixture_of(weights: dict[str, Tensor], config: RemixConfig) -> RemixDiT:
     state = {"logits": weights.pop(LOGITS)}
     for name, values in weights.items():
         state[f"{'bases' if name in mixed else 'shared'}.{name}"] = values
-    first = {name: v[0] if name in mixed else v for name, v in weights.items()}
-    model = RemixDiT(config, network_of(first, config.network))
-    model.mixture.load_state_dict(state)
+    model = RemixDiT.empty(config)
+    model.load_weights(state)
     return model.eval()
 
 

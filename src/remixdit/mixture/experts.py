@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from remixdit.mixture.coefficients import initial_table, own_basis_loss
+from remixdit.mixture.names import tied_names
 from remixdit.mixture.product import Span
 
 __all__ = ["Batch", "Experts"]
@@ -164,7 +165,7 @@ class Experts(nn.Module):
         if self._route is None:
             raise RuntimeError(NO_ROUTE)
         experts, spans, order, inverse = self._route
-        self._batch = Batch(self.tables()[:, experts], spans, order, inverse)
+        self._batch = Batch(self.coefficients()[:, experts], spans, order, inverse)
 
     def _forget(self) -> None:
         self._route = self._batch = None
@@ -181,34 +182,32 @@ class Experts(nn.Module):
 
     # --- the table
 
-    def tables(self) -> Tensor:
-        """Return all coefficients (L, N, K), differentiable with respect to the logits."""
-        tables = self.logits if self.per_block else self.logits[None]
-        return tables.softmax(-1) if self.kind == "softmax" else tables
-
-    def coefficients(self, expert: int | None = None) -> Tensor:
+    def coefficients(self, expert: int | None = None, logits: Tensor | None = None) -> Tensor:
         """Return the coefficients, differentiable with respect to the logits.
 
         Args:
             expert: In [0, N), or None for all.
+            logits: Others than the experts' own, of the same shape.
 
         Returns:
             (L, K) of one expert, or (L, N, K) of all.
         """
-        return self.tables() if expert is None else self.tables()[:, expert]
+        values = self.logits if logits is None else logits
+        tables = values if self.per_block else values[None]
+        if expert is not None:
+            tables = tables[:, expert]
+        return tables.softmax(-1) if self.kind == "softmax" else tables
 
-    @torch.no_grad()
-    def prefer_own(self, symmetry: float) -> None:
-        """Let the coefficients start again, from another preference for the own basis."""
-        table = initial_table(self.num_bases, self.num_experts, self.kind, symmetry)
-        self.logits.copy_(table)  # the same for every table
-
-    def prior_loss(self) -> Tensor:
+    def prior_loss(self, logits: Tensor | None = None) -> Tensor:
         """Return (N,) cross-entropies of the coefficients to each expert's own basis.
 
         Expert n's own basis is floor(n K / N); with several tables, the mean over them.
+
+        Args:
+            logits: Others than the experts' own, of the same shape.
         """
-        return own_basis_loss(self.logits if self.per_block else self.logits[None])
+        values = self.logits if logits is None else logits
+        return own_basis_loss(values if self.per_block else values[None])
 
     # --- the network
 
@@ -221,6 +220,26 @@ class Experts(nn.Module):
                 parameter = self.network.get_parameter(full)
                 found.setdefault(id(parameter), (full, parameter))
         return dict(found.values())
+
+    def table_of(self, name: str) -> int | None:
+        """Return the index in [0, L) of a parameter's coefficient table, None if it is shared."""
+        for layer, names in self.mixed.items():
+            if name.startswith(f"{layer}.") and name.removeprefix(f"{layer}.") in names:
+                return int(self.network.get_submodule(layer).table)  # type: ignore[arg-type]
+        return None
+
+    def disk_names(self) -> dict[str, str]:
+        """Return, for the names of the network's state dict, those on disk; tied ones once.
+
+        `bases.<parameter>` (K, *), `shared.<parameter>` (*) and `logits`, whatever the layers
+        that hold them are called here.
+        """
+        tied, mixed = tied_names(self.network), self.mixed_names()
+        names = {}
+        for name in self.network.state_dict(keep_vars=True):
+            if name not in tied:
+                names[name] = f"bases.{name}" if name in mixed else f"shared.{name}"
+        return {**names, "experts.logits": "logits"}
 
     def mixed_names(self) -> set[str]:
         """Return the names of the mixed parameters, all names of tied ones."""

@@ -21,6 +21,7 @@ __all__ = [
     "load_model",
     "model_config",
     "newest_checkpoint",
+    "steps_done",
 ]
 
 
@@ -31,6 +32,11 @@ class Found:
     directory: Path
     weights: str
     """Name of the file in it."""
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Return the number of steps that a checkpoint's name states."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -54,8 +60,8 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
     with damage_named(found.directory):
         if found.weights == "model.safetensors":
             return RemixDiT.from_pretrained(found.directory, device)
-        model = RemixDiT(model_config(found.directory))
-        model.mixture.load_state_dict(load_file(found.directory / found.weights))
+        model = RemixDiT.empty(model_config(found.directory))
+        model.load_weights(load_file(found.directory / found.weights))
         return model.to(device).eval()
 
 

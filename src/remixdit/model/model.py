@@ -7,9 +7,11 @@
 Shapes: B batch, C H W latents, K bases, N experts, * = the shape of one parameter.
 """
 
+import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,36 +21,54 @@ from torch import Tensor, nn
 
 from remixdit.diffusion.dit import DiT
 from remixdit.files import write_file
-from remixdit.first.mixing import Mixture
+from remixdit.mixture.coefficients import initial_table
+from remixdit.mixture.experts import Experts
+from remixdit.mixture.remix import remix
 from remixdit.model.config import RemixConfig, noise_process
+from remixdit.model.switch import Switch
 
-__all__ = ["RemixDiT", "download"]
+__all__ = ["RemixDiT", "download", "write_model_files"]
 
 
 class RemixDiT(nn.Module):
-    """N experts mixed from K bases of one diffusion transformer.
+    """N experts mixed from K bases of one diffusion transformer; an ordinary module.
+
+    Its parameters are what is trained. To train it as a whole, call it; who trains with DDP or
+    FSDP wraps `network`, and says by `experts.route` which images belong to whom.
 
     Args:
         config: What to build.
         network: A network of the configured shape whose weights all bases start with; a new one,
-            drawn from `seed`, if not given.
-        seed: Of the initial weights.
+            drawn from `seed`, if not given. Is changed.
+        seed: Seed of the initial weights.
+        symmetry: How strongly the experts prefer their own bases at the start; see `remix`.
     """
 
-    def __init__(self, config: RemixConfig, network: DiT | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: RemixConfig,
+        network: DiT | None = None,
+        seed: int = 0,
+        symmetry: float = 8.0,
+    ) -> None:
         super().__init__()
         self.config = config
         self.intervals = config.intervals()
         self.process = noise_process(config)
         self.network = DiT(config.network, seed) if network is None else network
-        self.mixture = Mixture(
+        remix(
             self.network,
             config.num_bases,
             config.num_experts,
             mixed=config.mixed,
             coefficients=config.coefficients,
             per_block=config.per_block,
+            symmetry=symmetry,
         )
+        self._forget()
+
+    _switch: Switch | None
+    _sampling: tuple[torch.dtype | None, bool]
 
     @classmethod
     def from_dit(
@@ -68,9 +88,54 @@ class RemixDiT(nn.Module):
         config = RemixConfig(
             network=network.config, num_bases=num_bases, num_experts=num_experts, **options
         )
-        copied = DiT(network.config)
-        copied.load_state_dict(network.state_dict())
-        return cls(config, copied)
+        return cls(config, copy.deepcopy(network))
+
+    @classmethod
+    def from_experts(
+        cls,
+        networks: Sequence[DiT],
+        boundaries: Sequence[int] | Sequence[float] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Put N plain networks together, each the expert of its own interval.
+
+        Args:
+            networks: N of equal shape, the least noisy first.
+            boundaries: (N + 1,) where the intervals begin and end; None for equal widths.
+            options: Other fields of `RemixConfig`, e.g. `prediction_type`.
+        """
+        if not networks:
+            raise ValueError("networks must hold at least one expert, got none")
+        shapes = {network.config for network in networks}
+        if len(shapes) > 1:
+            raise ValueError(f"networks must be of one shape, got {len(shapes)} different ones")
+        config = RemixConfig(
+            network=shapes.pop(),
+            num_bases=len(networks),
+            num_experts=len(networks),
+            mixed="all",
+            coefficients="one_hot",
+            boundaries=None if boundaries is None else tuple(boundaries),
+            **options,
+        )
+        model = cls.empty(config)
+        states = [network.state_dict() for network in networks]
+        weights = {f"bases.{n}": torch.stack([state[n] for state in states]) for n in states[0]}
+        table = initial_table(len(networks), len(networks), "one_hot", 0.0)
+        model.load_weights({**weights, "logits": table})
+        return model
+
+    @classmethod
+    def empty(cls, config: RemixConfig) -> Self:
+        """Return a model whose weights have shapes but no storage, to load others into."""
+        with torch.device("meta"):
+            network = DiT(config.network)
+        return cls(config, network)
+
+    @property
+    def experts(self) -> Experts:
+        """The table of the experts: routes, coefficients, plain networks."""
+        return self.network.experts  # type: ignore[return-value]
 
     @property
     def num_experts(self) -> int:
@@ -85,7 +150,20 @@ class RemixDiT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.mixture.device
+        return self.experts.logits.device
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the network's raw output, each image from the expert of its timestep.
+
+        Differentiable; all experts in one pass. Shapes as for `denoise`.
+        """
+        self._check_inputs(latents, timesteps, class_labels)
+        experts = self.intervals.expert_at(timesteps).cpu()
+        with self.experts.route(experts):
+            times = self.process.network_timesteps(timesteps)
+            return self.network(latents, times, class_labels)
 
     @torch.no_grad()
     def denoise(
@@ -118,33 +196,76 @@ class RemixDiT(nn.Module):
             raise ValueError("latents must hold at least one image, got none")
         return outputs
 
+    @torch.no_grad()
     def predict(
         self, expert: int, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None
     ) -> Tensor:
         """Run one expert on a batch that is all its own; shapes as `denoise`, no checks."""
-        self.mixture.activate(expert)
-        self.network.eval()
-        return self.network(latents, self.process.network_timesteps(timesteps), class_labels)
+        with self._lock:  # another thread would write another expert
+            network = self.switch().write(expert)
+            return network(latents, self.process.network_timesteps(timesteps), class_labels)
+
+    def switch(self) -> Switch:
+        """Return the plain network that takes the experts in turn, made on first use."""
+        if self._switch is None or not self._switch.is_current():
+            with torch.device("meta"):
+                network = DiT(self.config.network)
+            self._switch = Switch(self.experts, network, *self._sampling)
+        return self._switch
+
+    def sample_with(self, dtype: torch.dtype | None = None, compile: bool = False) -> None:
+        """Choose how `denoise` and `predict` run: in which dtype, and whether compiled."""
+        self._sampling, self._switch = (dtype, compile), None
+
+    def precompute(self) -> None:
+        """Mix all experts once and keep them, until a weight changes; the memory of N networks."""
+        with self._lock:
+            self.switch().precompute()
 
     def expert(self, index: int) -> DiT:
         """Return a plain network with the weights of expert `index` in [0, N), a float32 copy."""
-        network = DiT(self.config.network)
-        network.load_state_dict(self.mixture.expert_state(index))
-        return network.to(self.device)
+        return self.experts.plain(index)  # type: ignore[return-value]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights under the names that `model.safetensors` has."""
+        state = self.network.state_dict()
+        return {name: state[own] for own, name in self.experts.disk_names().items()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights as `weights` names them; a model without storage keeps these very tensors.
+
+        Refuses missing, extra or misshaped ones.
+        """
+        names = self.experts.disk_names()
+        own = self.network.state_dict()
+        check_same_shapes({name: own[key] for key, name in names.items()}, weights)
+        state = {key: weights[name] for key, name in names.items()}
+        self.network.load_state_dict(state, assign=self.experts.logits.is_meta)
+
+    def _forget(self) -> None:
+        """Start without a plain network beside the mixture."""
+        self._switch, self._sampling = None, (None, False)
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled: not the plain network that serves sampling."""
+        left_out = ("_switch", "_sampling", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the model directory; each file is written beside and then renamed."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {
-            name: values.detach().cpu().contiguous()
-            for name, values in self.mixture.state_dict().items()
+            name: values.detach().cpu().contiguous() for name, values in self.weights().items()
         }
         write_file(directory / "model.safetensors", lambda path: save_file(weights, path))
-        text = json.dumps(self.config.to_json(), indent=2, ensure_ascii=False) + "\n"
-        card = model_card(self.config)
-        write_file(directory / "config.json", lambda path: path.write_text(text, "utf-8"))
-        write_file(directory / "README.md", lambda path: path.write_text(card, "utf-8"))
+        write_model_files(directory, self.config)
 
     @classmethod
     def from_pretrained(
@@ -168,8 +289,8 @@ class RemixDiT(nn.Module):
             raise ValueError(
                 f"config.json must describe a remixdit model, got {directory}"
             ) from error
-        model = cls(config)
-        model.mixture.load_state_dict(load_file(directory / "model.safetensors"))
+        model = cls.empty(config)
+        model.load_weights(load_file(directory / "model.safetensors"))
         return model.to(device).eval()
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
@@ -184,27 +305,6 @@ class RemixDiT(nn.Module):
             self.save_pretrained(directory)
             return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return all weights, under the names that `model.safetensors` has."""
-        return self.mixture.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Copy all weights in; refuses missing, extra or misshaped ones."""
-        self.mixture.load_state_dict(dict(state_dict))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a model of its own: copied one by one, parameters would lose their storage."""
-        copied = type(self)(self.config).to(self.device).train(self.training)
-        copied.load_state_dict(self.state_dict())
-        memo[id(self)] = copied
-        return copied
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the mixture along when the module moves."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.mixture.apply(fn)
-        return self
-
     def _check_inputs(
         self, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None
     ) -> None:
@@ -216,6 +316,18 @@ class RemixDiT(nn.Module):
             raise ValueError(f"timesteps must be ({len(latents)},), got {tuple(timesteps.shape)}")
         if class_labels is not None:
             check_labels(class_labels, network.num_classes)
+
+
+def check_same_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are missing, unknown or of another shape."""
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(f"weights must match the model: missing {missing}, extra {extra}")
+    for name, values in own.items():
+        if values.shape != given[name].shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(values.shape)}, got {tuple(given[name].shape)}"
+            )
 
 
 def check_labels(class_labels: Tensor, num_classes: int) -> None:
@@ -238,6 +350,14 @@ def download(repo_id: str) -> Path:
         raise ValueError(
             f"model must be a directory or a model of the hub, got {repo_id!r}"
         ) from error
+
+
+def write_model_files(directory: Path, config: RemixConfig) -> None:
+    """Write all of a model directory but the weights."""
+    text = json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n"
+    card = model_card(config)
+    write_file(directory / "config.json", lambda path: path.write_text(text, "utf-8"))
+    write_file(directory / "README.md", lambda path: path.write_text(card, "utf-8"))
 
 
 def model_card(config: RemixConfig) -> str:

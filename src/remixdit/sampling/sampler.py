@@ -137,7 +137,7 @@ def sample_latents(model: RemixDiT, config: SamplingConfig, indices: Sequence[in
     labels = labels_of(model, config)[list(indices)].to(device)
     trajectory = trajectory_of(model, config)
     if config.precompute:
-        model.mixture.precompute()
+        model.precompute()
     experts = model.intervals.expert_at(trajectory.timesteps).tolist()
     for number, (timestep, expert) in enumerate(
         zip(trajectory.timesteps.tolist(), experts, strict=True)

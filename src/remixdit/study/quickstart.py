@@ -30,13 +30,13 @@ from remixdit.evaluation.losses import held_out, interval_losses, loss_matrix
 from remixdit.figures import plots
 from remixdit.figures.grids import image_grid
 from remixdit.figures.html import Block, Commands, Heading, Picture, Table, Text, write_report
-from remixdit.first.optim import OptimizerConfig
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.sampler import SamplingConfig, sample
 from remixdit.seeds import generator_for
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training.loop import train
+from remixdit.training.optimizer import OptimizerConfig
 from remixdit.training.run import read_metrics
 
 __all__ = ["Progress", "QuickstartConfig", "quickstart"]
@@ -255,7 +255,7 @@ def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
     held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_MATRIX_IMAGES)
     digits = [str(digit) for digit in range(10)] * DIGITS_PER_CLASS
     series = {name: results[name].losses.mean(1) for name in ("continued", "remixed", "pretrained")}
-    tables = remixed.mixture.coefficients().detach().cpu().numpy()[0]
+    tables = remixed.experts.coefficients().detach().cpu().numpy()[0]
     pictures: dict[str, Figure | Image.Image] = {
         "digits-remixed": image_grid(draw_digits(config, remixed), 10, digits),
         "digits-continued": image_grid(draw_digits(config, results["continued"].model), 10, digits),

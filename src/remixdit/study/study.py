@@ -38,7 +38,6 @@ from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_dista
 from remixdit.evaluation.scores import FeatureSet, image_features, reference_features
 from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
-from remixdit.first.optim import OptimizerConfig
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
@@ -47,6 +46,7 @@ from remixdit.study.report import write_study
 from remixdit.study.variants import START, chosen_variants, run_config, variant
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training.loop import train
+from remixdit.training.optimizer import OptimizerConfig
 from remixdit.training.run import check_run, claim_run, read_metrics
 
 __all__ = ["Done", "StudyConfig", "study"]
@@ -234,7 +234,7 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
         result["half"] = {"images": run.steps // 2 * run.batch_size, **measured(config, half)[0]}
         model = load_model(run.output_dir)
         result |= cost_of(run, model)
-        coefficients = model.mixture.coefficients().detach()
+        coefficients = model.experts.coefficients().detach()
         result["coefficients"] = coefficients.tolist() if model.num_experts <= 20 else None
     facts_of_losses, losses = measured(config, model)
     result |= {**facts_of_losses, "machine": machine(model.device)}
@@ -300,7 +300,7 @@ def mixing_flops(model: RemixDiT, experts_per_step: int) -> int:
     """Return what a step computes beyond a plain one: mixes, inner products, further bases."""
     if model.num_experts == 1:
         return 0
-    mixed = sum(len(s.weights) for s in model.mixture.segments if s.is_mixed)
+    mixed = sum(bases[0].numel() for bases in model.experts.bases().values())
     update = 16  # operations of AdamW and the average, for each number
     return mixed * (4 * experts_per_step * model.num_bases + update * (model.num_bases - 1))
 

@@ -8,72 +8,189 @@
         state.json              steps done
 
 A checkpoint is written beside its place, synced and renamed, so a crash leaves the last whole one.
+It does not depend on the number of processes. Tensors are gathered on the CPU of the first
+process, one at a time, and written in a thread while training goes on.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from remixdit.first.optim import MixtureAdamW
+from remixdit.distributed.parallel import checksum_of, fill, whole
+from remixdit.files import write_file
+from remixdit.model.config import RemixConfig
 from remixdit.model.loading import checkpoints, damage_named
-from remixdit.model.model import RemixDiT
+from remixdit.model.model import RemixDiT, write_model_files
+from remixdit.training.average import Average
 
-__all__ = ["hand_over", "restore", "save"]
+__all__ = ["Writer", "gathered", "restore", "write_model"]
 
-
-def save(run_dir: Path, step: int, model: RemixDiT, optimizer: MixtureAdamW, keep: int) -> Path:
-    """Write the checkpoint of a step, then delete all but the newest `keep`."""
-    final = run_dir / "checkpoints" / f"step-{step:08d}"
-    beside = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    model.save_pretrained(beside)
-    with optimizer.averaged():
-        write_tensors(beside / "ema.safetensors", model.mixture.state_dict())
-    write_tensors(beside / "optimizer.safetensors", optimizer.state_dict())
-    state = {"step": step, "basis_steps": optimizer.basis_steps}
-    (beside / "state.json").write_text(json.dumps(state) + "\n")
-    for path in beside.iterdir():
-        sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    sync(final.parent)
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
+Tensors = dict[str, Tensor]
 
 
-def hand_over(model: RemixDiT, optimizer: MixtureAdamW) -> None:
-    """Hand over this process's slices, in the order in which `save` asks for them."""
-    model.mixture.state_dict()
-    with optimizer.averaged():
-        model.mixture.state_dict()
-    optimizer.state_dict()
+class Writer:
+    """Writes checkpoints of a run in a thread, one at a time.
+
+    Args:
+        run_dir: The run's directory.
+        keep: How many of the newest checkpoints stay.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+
+    def write(self, step: int, config: RemixConfig, parts: dict[str, Tensors]) -> None:
+        """Begin to write the checkpoint of a step; waits for the one before.
+
+        Args:
+            step: Steps done.
+            config: The model's.
+            parts: Tensors that nothing else will write to, by the name of their file.
+        """
+        self.wait()
+        self.pending = self.pool.submit(self._write, step, config, parts)
+
+    def wait(self) -> None:
+        """Wait until all is written; raises what went wrong."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self.pool.shutdown()
+
+    def _write(self, step: int, config: RemixConfig, parts: dict[str, Tensors]) -> None:
+        final = self.run_dir / "checkpoints" / f"step-{step:08d}"
+        beside = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        write_model_files(beside, config)
+        for name, tensors in parts.items():
+            save_file(tensors, beside / f"{name}.safetensors")
+        (beside / "state.json").write_text(json.dumps({"step": step}) + "\n")
+        for path in beside.iterdir():
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        sync(final.parent)
+        for old in checkpoints(self.run_dir)[: -self.keep]:
+            shutil.rmtree(old)
 
 
-def restore(directory: Path, model: RemixDiT, optimizer: MixtureAdamW) -> int:
-    """Load a checkpoint into model and optimizer; return the steps done."""
+def gathered(
+    model: RemixDiT,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    keeps: bool,
+    only: str = "",
+) -> dict[str, Tensors]:
+    """Return copies of all that a checkpoint holds, by file, on the CPU.
+
+    Args:
+        model: All processes have to ask together if it is sharded.
+        optimizer: AdamW.
+        average: Of the weights.
+        keeps: Whether this process is the one that needs them; the others get empty parts.
+        only: The name of the one part to gather, by default all.
+    """
+    names = model.experts.disk_names()
+    weights = model.network.state_dict(keep_vars=True)
+    parts: dict[str, Tensors] = {"model": {}, "ema": {}, "optimizer": {}}
+    for key, name in names.items():
+        values = weights[key]
+        found = {"model": {name: values}, "ema": {name: average.values.get(key, values)}}
+        state = optimizer.state.get(values, {})
+        moments = {f"{k}.{moment_name(name)}": v for k, v in state.items() if k != "step"}
+        for part, tensors in {**found, "optimizer": moments}.items():
+            if part == (only or part):
+                for label, tensor in tensors.items():
+                    put(parts[part], label, tensor, keeps)
+    return parts
+
+
+def moment_name(name: str) -> str:
+    """Return what the moments of a weight are called: the parameter, bases or not."""
+    return name.removeprefix("bases.").removeprefix("shared.")
+
+
+def put(tensors: Tensors, name: str, values: Tensor, keeps: bool) -> None:
+    """Add a copy of a tensor, gathered from all processes."""
+    found = whole(values.detach())
+    if keeps:
+        tensors[name] = found.to("cpu", copy=True).contiguous()
+
+
+def write_model(directory: Path, config: RemixConfig, weights: Tensors) -> None:
+    """Write a model directory; each file is written beside and then renamed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / "model.safetensors", lambda path: save_file(weights, path))
+    write_model_files(directory, config)
+
+
+def restore(
+    directory: Path, model: RemixDiT, optimizer: torch.optim.Optimizer, average: Average
+) -> tuple[int, int]:
+    """Load a checkpoint, tensor by tensor.
+
+    Returns:
+        The steps done, and a checksum of the weights.
+    """
     with damage_named(directory):
         state: dict[str, Any] = json.loads((directory / "state.json").read_text())
-        averages, weights, moments = (
-            load_file(directory / f"{name}.safetensors") for name in ("ema", "model", "optimizer")
-        )
-        step, basis_steps = int(state["step"]), state["basis_steps"]
-    with optimizer.averaged():
-        model.mixture.load_state_dict(averages)
-    model.mixture.load_state_dict(weights)
-    optimizer.load_state_dict(moments, basis_steps)
-    return step
+        step = int(state["step"])
+        weights = model.network.state_dict(keep_vars=True)
+        keys = {name: key for key, name in model.experts.disk_names().items()}
+        checksum = 0
+        for name, values in tensors_in(directory / "model.safetensors", set(keys)):
+            checksum += checksum_of(values)
+            fill(weights[keys[name]], values)
+        for name, values in tensors_in(directory / "ema.safetensors", set(keys)):
+            if keys[name] in average.values:  # buffers are not averaged
+                fill(average.values[keys[name]], values)
+        restore_moments(directory / "optimizer.safetensors", model, optimizer, step)
+    return step, checksum % 2**62
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors of any device and layout."""
-    save_file({name: values.detach().cpu().contiguous() for name, values in tensors.items()}, path)
+def restore_moments(
+    path: Path, model: RemixDiT, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Load the moments of every parameter that is trained."""
+    weights = model.network.state_dict(keep_vars=True)
+    targets: Tensors = {}
+    for key, name in model.experts.disk_names().items():
+        if weights[key] in optimizer.state:
+            found = optimizer.state[weights[key]]
+            found["step"].fill_(step)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                targets[f"{kind}.{moment_name(name)}"] = found[kind]
+    for name, values in tensors_in(path, set(targets)):
+        # The first version of this format gave shared parameters a dimension of 1.
+        fill(targets[name], values.view(targets[name].shape))
+
+
+def tensors_in(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file one after the other; refuses one that is missing."""
+    with safe_open(path, "pt") as file:
+        missing = sorted(names - set(file.keys()))
+        if missing:
+            raise ValueError(f"{path} must hold all weights of the model, got none for {missing}")
+        for name in sorted(names):
+            yield name, file.get_tensor(name)
 
 
 def sync(path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from remixdit.diffusion.dit import DiTConfig
-from remixdit.first.optim import OptimizerConfig
 from remixdit.mixture.coefficients import KINDS, check_counts
+from remixdit.training.optimizer import OptimizerConfig
 
 __all__ = [
     "MAY_CHANGE",
@@ -28,6 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
     *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
+    *("compile", "micro_batch_size"),
 }
 
 
@@ -73,6 +74,7 @@ class MixtureConfig:
                 f"prior_schedule must be linear or constant, got {self.prior_schedule!r}"
             )
         self._check_start()
+        self._check_one_hot()
         if self.prior_strength and self.coefficients != "softmax":
             raise ValueError(
                 f"prior_strength must be 0 for {self.coefficients} coefficients, "
@@ -81,6 +83,15 @@ class MixtureConfig:
         if not 0 <= self.experts_per_step <= self.num_experts:
             raise ValueError(
                 f"experts_per_step must be in 0..{self.num_experts}, got {self.experts_per_step}"
+            )
+
+    def _check_one_hot(self) -> None:
+        """Refuse experts that would move in the steps that leave them out."""
+        some = 0 < self.experts_per_step < self.num_experts
+        if self.coefficients == "one_hot" and some:
+            raise ValueError(
+                "experts_per_step must be 0, for all, with one_hot coefficients, got "
+                f"{self.experts_per_step}: Adam's momentum moves every basis in every step"
             )
 
     def _check_start(self) -> None:
@@ -112,7 +123,10 @@ class ObjectiveConfig:
     logit_normal: bool = False
     """Flow matching: draw t logit-normal instead of uniform."""
     timestep_strata: int = 0
-    """A plain DiT alone: spread every batch evenly over so many intervals; 0 or 1 for not."""
+    """Number of intervals that every batch of a plain DiT is spread over evenly; 0 or 1 for not."""
+    interval: str = ""
+    """Interval n/N that a plain DiT learns alone, as an independent expert; 0/N is the least
+    noisy."""
     mirror: bool = False
     """Mirror half of the images, left to right."""
 
@@ -120,10 +134,22 @@ class ObjectiveConfig:
         """Refuse values outside their range."""
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
+        self.only_interval()
+        if self.interval and self.timestep_strata > 1:
+            raise ValueError(f"timestep_strata must be 0 with interval, got {self.timestep_strata}")
         if self.timestep_strata < 0:
             raise ValueError(f"timestep_strata must be at least 0, got {self.timestep_strata}")
         if self.logit_normal and self.prediction_type != "flow_prediction":
             raise ValueError("logit_normal must be false without flow_prediction, got true")
+
+    def only_interval(self) -> tuple[int, int] | None:
+        """Return (n, N) of the one interval that is learned, None for all."""
+        if not self.interval:
+            return None
+        number, slash, total = self.interval.partition("/")
+        if not (slash and number.isdecimal() and total.isdecimal() and int(number) < int(total)):
+            raise ValueError(f"interval must be n/N with n in [0, N), got {self.interval!r}")
+        return int(number), int(total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +217,8 @@ class TrainConfig:
     """Share bases, moments and averages out over the processes, in slices of equal size."""
     shard_size: int = 0
     """Processes that share one copy of all that out, such as those of a machine; 0 for all."""
-    compile: bool = False
-    """Compile the network, once for all experts, and the update (on a GPU it always is)."""
+    compile: bool | None = None
+    """Compile the blocks of the network; by default on a GPU only."""
     network: DiTConfig = field(default_factory=DiTConfig)
     """Shape of the network; input_size, in_channels and num_classes are taken from the data."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
@@ -215,6 +241,10 @@ class TrainConfig:
             raise ValueError(
                 "timestep_strata must be 0 with several experts, whose intervals are the strata, "
                 f"got {self.objective.timestep_strata}"
+            )
+        if self.objective.interval and self.mixture.num_experts > 1:
+            raise ValueError(
+                f"interval must be that of a plain DiT, got {self.mixture.num_experts} experts"
             )
         if self.strata_per_step > self.batch_size:
             raise ValueError(
@@ -244,14 +274,9 @@ class TrainConfig:
         predicts_noise = self.objective.prediction_type == "epsilon"
         return "log_snr" if together and predicts_noise else "uniform"
 
-    @property
-    def takes_turns(self) -> bool:
-        """Whether the experts of a step must run one after the other.
-
-        All at once takes more memory, which who asks for less does not want; compiled, the network
-        runs one expert at a time.
-        """
-        return bool(self.micro_batch_size or self.recompute or self.compile)
+    def compiles(self, device: torch.device) -> bool:
+        """Whether blocks are compiled on a device."""
+        return device.type == "cuda" if self.compile is None else self.compile
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""

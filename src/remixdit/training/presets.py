@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from remixdit.diffusion.dit import DiTConfig
-from remixdit.first.optim import OptimizerConfig
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
+from remixdit.training.optimizer import OptimizerConfig
 
 __all__ = ["PRESETS", "Preset", "preset", "train_config"]
 
@@ -36,16 +36,15 @@ NOT_MEASURED = "not measured"
 S2 = DiTConfig.named("S/2")
 
 
-def remixed(size: str, published: str, experts_per_step: int = 0) -> Preset:
-    """Return the fine-tuning of a published size; all experts in every step by default."""
-    shared = f"{experts_per_step or 'all'} experts every step"
+def remixed(size: str, published: str) -> Preset:
+    """Return the fine-tuning of a published size, on GPUs, all experts in every step."""
     return Preset(
-        f"fine-tune a pre-trained DiT-{size} (--from) into K = 4, N = 20, {shared}",
-        f"not measured; published with one expert a step: {published}",
+        f"fine-tune a pre-trained DiT-{size} (--from) into K = 4, N = 20, all experts every step",
+        f"not measured; published, with one expert a step: {published}",
         {
             "network": DiTConfig.named(size),
             "optimizer": FINE_TUNING,
-            "mixture": MixtureConfig(experts_per_step=experts_per_step),
+            "precision": "bf16",
         },
     )
 
@@ -55,7 +54,7 @@ def fine_tuned_s2(summary: str, result: str = NOT_MEASURED, **changes: Any) -> P
     return Preset(
         f"fine-tune a DiT-S/2 (--from): {summary}",
         result,
-        {"network": S2, "optimizer": FINE_TUNING, **changes},
+        {"network": S2, "optimizer": FINE_TUNING, "precision": "bf16", **changes},
     )
 
 
@@ -123,13 +122,12 @@ PRESETS = {
     "s2-plain": Preset(
         "from scratch: the plain DiT-S/2 to start others from, as published",
         NOT_MEASURED,
-        {"network": S2, "mixture": PLAIN, "steps": 400_000},
+        {"network": S2, "mixture": PLAIN, "precision": "bf16", "steps": 400_000},
     ),
     "s2": remixed("S/2", "FID 26.51 -> 22.84"),
     "b2": remixed("B/2", "FID 10.11 -> 9.02"),
-    # Too large for all experts in one pass; in turn, more than K of them move many times the bytes.
-    "l2": remixed("L/2", "FID 3.73 -> 3.22", experts_per_step=4),
-    "xl2": remixed("XL/2", "nothing", experts_per_step=4),
+    "l2": remixed("L/2", "FID 3.73 -> 3.22"),
+    "xl2": remixed("XL/2", "no figure"),
     "published": fine_tuned_s2(
         "the paper's method, one expert a step, its prior",
         "not measured; published: FID 26.51 -> 22.84",
@@ -142,11 +140,11 @@ PRESETS = {
         objective=ObjectiveConfig(timestep_strata=20),
     ),
     "independent": fine_tuned_s2(
-        "8 experts that share nothing, one a step, so each gets 1/8 of the steps",
-        "not measured; published: FID 26.51 -> 25.00",
-        mixture=MixtureConfig(
-            num_bases=8, num_experts=8, mixed="all", coefficients="one_hot", experts_per_step=1
-        ),
+        "one of 8 experts that share nothing (--interval 0/8 to 7/8), a plain DiT each; "
+        "RemixDiT.from_experts puts them together",
+        "not measured; published, with 1/8 of the steps for each: FID 26.51 -> 25.00",
+        mixture=replace(PLAIN, intervals="uniform"),
+        objective=ObjectiveConfig(interval="0/8"),
     ),
     "oracle": fine_tuned_s2(
         "4 bases, each serving 5 of 20 intervals alone (frozen one-hot coefficients)",

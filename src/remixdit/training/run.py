@@ -11,13 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from remixdit.files import write_file
 
 __all__ = [
     "DATA_DIR",
-    "Board",
     "append_metrics",
     "check_run",
     "claim_run",
@@ -154,42 +151,3 @@ def cut_metrics(directory: Path, step: int) -> None:
     rows = [row for row in read_metrics(directory) if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_file(directory / "metrics.jsonl", lambda beside: beside.write_text(text, "utf-8"))
-
-
-class Board:
-    """TensorBoard curves, heat maps and samples of a run."""
-
-    def __init__(self, directory: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
-
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Write the numbers of one line of metrics; lists get one curve an interval."""
-        for name, value in row.items():
-            if isinstance(value, list):
-                for i, part in enumerate(value):
-                    if part is not None:
-                        self._scalar(f"{name}/{i:03d}", part, row["step"])
-            elif name != "step" and value is not None:
-                self._scalar(name, value, row["step"])
-
-    def add_coefficients(
-        self, coefficients: np.ndarray, boundaries: tuple[float, ...], step: int
-    ) -> None:
-        """Draw the (N, K) or (L, N, K) coefficients as a heat map."""
-        from remixdit.figures.plots import coefficients_heatmap
-
-        figure = coefficients_heatmap(coefficients, np.asarray(boundaries))
-        self.writer.add_figure("coefficients", figure, step)
-
-    def add_samples(self, grid: np.ndarray, step: int) -> None:
-        """Show a picture, (H, W, C) uint8."""
-        self.writer.add_image("samples", grid, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write what is pending."""
-        self.writer.close()
-
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        self.writer.add_scalar(name, value, step)

@@ -4,18 +4,24 @@ The model is new, remixed from a plain DiT, or a mixture; the data decide its si
 classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from remixdit.data import ShardDataset, check_apart, is_shard_dir, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiT, DiTConfig
 from remixdit.diffusion.intervals import Intervals, LogitNormal
 from remixdit.diffusion.noise import Diffusion, Flow
+from remixdit.distributed.parallel import checksum_of, fill
+from remixdit.mixture.coefficients import initial_table
 from remixdit.model.config import RemixConfig, noise_process
-from remixdit.model.loading import load_model, model_config, newest_checkpoint
+from remixdit.model.loading import load_model, model_config, newest_checkpoint, steps_done
 from remixdit.model.model import RemixDiT
 from remixdit.seeds import generator_for
 from remixdit.training.config import TrainConfig
@@ -23,8 +29,10 @@ from remixdit.training.run import DATA_DIR, location, stated_settings
 
 __all__ = [
     "Outline",
+    "Start",
+    "give_storage",
     "outline_of",
-    "settings_of",
+    "run_settings",
     "starting_model",
     "stretched_schedules",
     "training_strata",
@@ -52,7 +60,7 @@ def outline_of(config: TrainConfig) -> Outline:
     return Outline((source.channels, size, size), source.class_names, Pixels.spec)
 
 
-def settings_of(config: TrainConfig, model: RemixDiT) -> dict[str, Any]:
+def run_settings(config: TrainConfig, model: RemixConfig) -> dict[str, Any]:
     """Return what a run's config.json holds."""
     shards = encoded_data(config)
     return {
@@ -60,7 +68,7 @@ def settings_of(config: TrainConfig, model: RemixDiT) -> dict[str, Any]:
         "data": location(config.data),
         "init_from": location(config.init_from) if config.init_from else None,
         # What is trained, which a model to start from may have decided.
-        "network": asdict(model.config.network),
+        "network": asdict(model.network),
         "mixture": {**asdict(config.mixture), "intervals": config.interval_policy},
         # Of the intervals that losses are logged for: experts', or a plain DiT's strata.
         "boundaries": list(training_strata(model, config).boundaries),
@@ -85,7 +93,7 @@ def stretched_schedules(config: TrainConfig) -> str:
         names.append("prior_schedule linear")
     if newest is None or before == config.steps or not names:
         return ""
-    done = int(newest.name.removeprefix("step-"))
+    done = steps_done(newest)
     return (
         f"the end of {' and '.join(names)} moves from step {before} to {config.steps}: up to step "
         f"{done} this run is one of {before} steps, from there on one of {config.steps}, so its "
@@ -93,39 +101,96 @@ def stretched_schedules(config: TrainConfig) -> str:
     )
 
 
-def training_strata(model: RemixDiT, config: TrainConfig) -> Intervals:
+def training_strata(model: RemixConfig, config: TrainConfig) -> Intervals:
     """Return the intervals that timesteps are drawn in: the experts', or a plain DiT's strata."""
-    intervals, strata = model.intervals, config.objective.timestep_strata
+    intervals, strata = model.intervals(), config.objective.timestep_strata
+    only = config.objective.only_interval()
+    strata = only[1] if only else strata
     if model.num_experts == 1 and strata > 1:
-        intervals = cut_intervals(model.config, strata, config.interval_policy)
+        intervals = cut_intervals(model, strata, config.interval_policy)
     if config.objective.logit_normal:
         intervals = replace(intervals, distribution=LogitNormal())
     return intervals
 
 
-def starting_model(config: TrainConfig, data: Outline) -> RemixDiT:
+class Start(NamedTuple):
+    """The model that a run begins with: what it is, and where its weights come from."""
+
+    config: RemixConfig
+    weights: Callable[[], Iterator[tuple[str, Tensor]]]
+    """Yields every weight whole, under its name on disk; one after the other, as K copies of all
+    of them may not fit."""
+
+    def fill(self, model: RemixDiT, device: torch.device) -> int:
+        """Give a model without storage its weights, or this process's part of them.
+
+        Returns:
+            A checksum of the weights, equal on all processes that begin with the same.
+        """
+        give_storage(model.network, device)
+        own = {name: key for key, name in model.experts.disk_names().items()}
+        targets = model.network.state_dict(keep_vars=True)
+        checksum = 0
+        for name, values in self.weights():
+            fill(targets[own[name]], values)
+            checksum += checksum_of(values)
+        return checksum % 2**62
+
+
+def give_storage(network: nn.Module, device: torch.device) -> None:
+    """Let parameters on the meta device have storage on a device, sharded or not."""
+    buffers = {name: buffer for name, buffer in network.named_buffers() if not buffer.is_meta}
+    network.to_empty(device=device)
+    for name, buffer in buffers.items():
+        network.get_buffer(name).copy_(buffer)
+
+
+def starting_model(config: TrainConfig, data: Outline) -> Start:
     """Return the model that a run starts with: new, remixed from a plain DiT, or given."""
     newest = newest_checkpoint(config.output_dir)
     if config.init_from and newest is not None:
         # The checkpoint will replace what the run started from, which may be gone.
-        return RemixDiT(model_config(newest))
+        return Start(model_config(newest), lambda: iter(()))
     given = load_model(config.init_from) if config.init_from else None
     target = target_config(config, data, given)
     if given is not None:
         refuse_other_autoencoder(given.config.autoencoder, data.autoencoder)
     if given is not None and given.num_experts > 1:
         refuse_other_mixture(given.config, target)
-        return given
+        return Start(target, lambda: iter(given.weights().items()))
     if given is None:
-        model = RemixDiT(target, seed=config.seed)
+        network = DiT(target.network, config.seed)
     else:
-        model = RemixDiT(target, adapted(given.expert(0), target.network, config))
-    if config.mixture.coefficients != "one_hot":
-        model.mixture.prefer_own(config.mixture.symmetry)
-    if config.mixture.basis_noise:
-        generator = generator_for(config.seed, "basis noise")
-        model.mixture.perturb(config.mixture.basis_noise, generator)
-    return model
+        network = adapted(given.expert(0), target.network, config)
+    return Start(target, partial(remixed_weights, target, network, config))
+
+
+def remixed_weights(
+    target: RemixConfig, network: DiT, config: TrainConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a plain network remixed: K copies, which share their memory."""
+    outline = RemixDiT.empty(target)
+    state, mixture = network.state_dict(), config.mixture
+    generator = generator_for(config.seed, "basis noise")
+    for key, name in outline.experts.disk_names().items():
+        if name == "logits":
+            continue
+        values = state[key]
+        if name.startswith("bases."):
+            values = values.expand(target.num_bases, *values.shape)
+            if mixture.basis_noise:
+                values = perturbed(values, mixture.basis_noise, generator)
+        yield name, values
+    table = initial_table(
+        target.num_bases, target.num_experts, target.coefficients, mixture.symmetry
+    )
+    yield "logits", table.expand(outline.experts.logits.shape)
+
+
+def perturbed(bases: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """Add normal noise to bases (K, *), `scale` times their root mean square."""
+    size = scale * bases.square().mean().sqrt()
+    return bases + size * torch.randn(bases.shape, generator=generator, dtype=bases.dtype)
 
 
 def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) -> RemixConfig:

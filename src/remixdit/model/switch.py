@@ -1,0 +1,146 @@
+"""One plain network that takes the weights of one expert after the other.
+
+A trajectory falls through the intervals, so it writes each expert at most once, whatever its number
+of steps. The mixture's own forward would mix every layer at every step.
+
+Shapes: K bases, N experts, L coefficient tables, * = one parameter.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from remixdit.distributed.parallel import local, whole
+from remixdit.mixture.experts import Experts
+from remixdit.mixture.product import mix
+
+__all__ = ["Switch"]
+
+
+class Switch:
+    """The plain network of whichever expert is asked for.
+
+    Args:
+        experts: Whose weights it takes, as they are when it is asked. Shared parameters are the
+            mixture's own, without a copy, where they have the same dtype.
+        network: A plain network of the shape of the experts, on the meta device or elsewhere; its
+            weights are replaced.
+        dtype: Of the network, but for what it lists in `float32_modules`; None for the mixture's.
+        compile: Compile the network, once for all experts.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        network: nn.Module,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.experts, self.network = experts, network
+        self.network.eval()
+        self.pairs = [
+            self._pair(name, source, dtype)
+            for name, source in experts.network.named_parameters()
+            if not name.startswith("experts.")
+        ]
+        self.network.to(experts.logits.device)  # buffers; the parameters are there
+        if compile:
+            self.network.compile()
+        self._kinds = [kind(parameter) for parameter in experts.network.parameters()]
+        self._holds: tuple[Any, ...] | None = None  # an expert, and the versions of its sources
+        self._ready: list[Tensor | None] = []  # (N, *) of each mixed parameter
+        self._ready_for: tuple[Any, ...] | None = None
+
+    def _pair(
+        self, name: str, source: nn.Parameter, dtype: torch.dtype | None
+    ) -> tuple[nn.Parameter, nn.Parameter, int | None]:
+        """Make a plain parameter; return it with its source, and its table if that is mixed."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.network.get_submodule(owner)
+        kept = getattr(self.network, "float32_modules", ())
+        exact = dtype is None or any(part in kept for part in name.split("."))
+        shape = module.get_parameter(leaf).shape
+        values = torch.empty(shape, device=source.device, dtype=source.dtype if exact else dtype)
+        module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+        return module.get_parameter(leaf), source, self.experts.table_of(name)
+
+    def write(self, expert: int) -> nn.Module:
+        """Return the network with the weights of an expert in [0, N)."""
+        if not 0 <= expert < self.experts.num_experts:
+            raise ValueError(f"expert must be in [0, {self.experts.num_experts}), got {expert}")
+        versions = self._versions()
+        if self._holds == (expert, versions):
+            return self.network
+        nothing: list[Tensor | None] = [None] * len(self.pairs)
+        ready = self._ready if self._ready_for == versions else nothing
+        self._write(expert, ready, shared=self._holds is None or self._holds[1] != versions)
+        self._holds = expert, versions
+        return self.network
+
+    def is_current(self) -> bool:
+        """Whether the mixture still has the parameters, dtypes and device that it had."""
+        return [kind(p) for p in self.experts.network.parameters()] == self._kinds
+
+    @torch.no_grad()
+    def _write(self, expert: int, ready: list[Tensor | None], shared: bool) -> None:
+        rows = self.experts.coefficients(expert)  # (L, K)
+        for (parameter, source, table), kept in zip(self.pairs, ready, strict=True):
+            if kept is not None:
+                parameter.data = kept[expert]
+            elif table is not None:
+                parameter.data = self._mixed(source, rows[table], parameter.dtype)
+            elif shared:
+                parameter.data = whole(source.detach()).to(parameter.dtype)  # itself, if it can
+
+    def _mixed(self, bases: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a parameter (*) of one expert."""
+        if self.experts.kind == "one_hot":  # no arithmetic, and on one device no copy
+            return whole(bases.detach()[int(row.argmax())]).to(dtype)
+        return mixed(bases.detach(), row).to(dtype)
+
+    @torch.no_grad()
+    def precompute(self) -> None:
+        """Mix all N experts once and keep them, until bases or logits change.
+
+        Costs the memory of N networks; an expert is then there at once.
+        """
+        versions = self._versions()
+        if self._ready_for == versions:
+            return
+        self._ready = [None] * len(self.pairs)
+        rows = self.experts.coefficients()  # (L, N, K)
+        for i, (parameter, source, table) in enumerate(self.pairs):
+            if table is not None and self.experts.kind != "one_hot":
+                parts = [self._mixed(source, row, parameter.dtype) for row in rows[table]]
+                self._ready[i] = torch.stack(parts)
+        self._ready_for, self._holds = versions, None
+
+    def _versions(self) -> tuple[tuple[int, int, int], ...]:
+        """Return what changes whenever a weight does: torch counts every write in place."""
+        parameters = self.experts.network.parameters()
+        return tuple((id(p), p._version, data_pointer(p)) for p in parameters)
+
+
+def kind(parameter: Tensor) -> tuple[int, torch.dtype, torch.device]:
+    """Return what does not change when only values do."""
+    return id(parameter), parameter.dtype, parameter.device
+
+
+def data_pointer(values: Tensor) -> int:
+    """Return where the values of a tensor are."""
+    return local(values).data_ptr()
+
+
+def mixed(bases: Tensor, row: Tensor) -> Tensor:
+    """Return a whole parameter (*) of (K, *) bases that may be sharded, and (K,) coefficients."""
+    if not isinstance(bases, DTensor):
+        return mix(bases, row[None], bases.dtype)[0]
+    placement = bases.placements[-1]
+    cut = placement.dim if isinstance(placement, Shard) else 0
+    if cut == 0:
+        return mix(whole(bases), row[None], bases.dtype)[0]
+    own = mix(bases.to_local(), row[None], bases.dtype)[0]
+    placements = [*bases.placements[:-1], Shard(cut - 1)]
+    return DTensor.from_local(own, bases.device_mesh, placements).full_tensor()

@@ -1,0 +1,55 @@
+"""The running average of the weights (EMA), which sampling uses.
+
+average = lerp(average, weights, 1 - decay)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from remixdit.distributed.parallel import local
+
+__all__ = ["Average"]
+
+
+class Average:
+    """One average for each parameter of a network, sharded as that is.
+
+    Attributes:
+        values: By the name of the parameter, (*) or its slice.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.parameters = dict(network.named_parameters())
+        self.values: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, weight: float) -> None:
+        """Take in the present weights, with the share `weight`."""
+        averages = [local(values) for values in self.values.values()]
+        present = [local(parameter.detach()) for parameter in self.parameters.values()]
+        get_ema_multi_avg_fn(1 - weight)(averages, present, 0)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Let the network hold the averages, inside a `with`."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            own, average = local(parameter.detach()), local(self.values[name])
+            kept = own.clone()
+            own.copy_(average)
+            average.copy_(kept)
+            # A write through the local part of a sharded parameter is not counted by itself.
+            torch.autograd.graph.increment_version(parameter)

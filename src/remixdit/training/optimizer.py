@@ -1,0 +1,175 @@
+"""torch's AdamW over three groups of parameters, its schedule, and clipping.
+
+    bases (K, *)    learning_rate              weight_decay
+    shared (*)      shared_learning_rate       weight_decay
+    logits (N, K)   coefficients_learning_rate    none
+
+Nothing here knows of mixing: bases are parameters like any other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from remixdit.distributed.parallel import local, sharded_like, whole
+from remixdit.mixture.experts import Experts
+
+__all__ = ["OptimizerConfig", "adamw", "clip", "gradients_of_logits", "set_learning_rates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights are updated."""
+
+    learning_rate: float = 1e-4
+    """Learning rate of the bases, after warm-up."""
+    shared_learning_rate: float | None = None
+    """Learning rate of the parameters that are not mixed; that of the bases if not given."""
+    coefficients_learning_rate: float = 1e-2
+    """Learning rate of the logits."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+    eps: float = 1e-8
+    """Number added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of bases and shared parameters; the logits have none."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise from 0."""
+    lr_schedule: str = "constant"
+    """Schedule of all learning rates: constant, or cosine, which falls to 0 at the last step."""
+    max_grad_norm: float = 1.0
+    """Norm of the gradient above which it is scaled down; 0 for never."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights, which sampling uses."""
+    ema_warmup: bool = True
+    """Let the average start fast: its decay is at most (1 + step) / (10 + step)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        for name in (
+            *("learning_rate", "shared_learning_rate", "coefficients_learning_rate", "eps"),
+            *("weight_decay", "warmup_steps", "max_grad_norm"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # so that NaN fails too
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas must be in [0, 1), got {beta}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise ValueError(f"lr_schedule must be constant or cosine, got {self.lr_schedule!r}")
+
+    def lr_factor(self, step: int, total_steps: int) -> float:
+        """Return the factor of all learning rates at `step` in [0, total_steps)."""
+        factor = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.lr_schedule == "cosine":
+            progress = (step + 1 - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+        return factor
+
+    def ema_weight(self, step: int) -> float:
+        """Return the share of the new weights in the average after optimizer step `step`."""
+        warmed = (1 + step) / (10 + step) if self.ema_warmup else 1.0
+        return 1 - min(self.ema_decay, warmed)
+
+
+def adamw(experts: Experts, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return the optimizer of a remixed network, with moments of zero.
+
+    Args:
+        experts: Of the network; its parameters may be sharded.
+        config: Rates and decays.
+    """
+    bases = list(experts.bases().values())
+    mixed = {id(parameter) for parameter in bases}
+    others = [p for p in experts.network.parameters() if id(p) not in mixed]
+    shared = [p for p in others if p is not experts.logits and p.requires_grad]
+    shared_rate = config.shared_learning_rate
+    rates = (config.learning_rate, config.learning_rate if shared_rate is None else shared_rate)
+    groups: list[dict[str, Any]] = [
+        {"params": bases, "lr": rates[0], "weight_decay": config.weight_decay},
+        {"params": shared, "lr": rates[1], "weight_decay": config.weight_decay},
+    ]
+    if experts.logits.requires_grad:
+        rate = config.coefficients_learning_rate
+        groups.append({"params": [experts.logits], "lr": rate, "weight_decay": 0.0})
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=local(parameter).device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the learning rates that the groups began with by a factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+@torch.no_grad()
+def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) -> Tensor:
+    """Scale all gradients so that the norm of those of the weights is at most `limit`.
+
+    A gradient that is not finite counts as zero, in all parameters: one bad batch must not end a
+    run.
+
+    Args:
+        weights: Bases and shared parameters; they alone decide the norm.
+        logits: Are scaled like the weights.
+        limit: 0 for no limit.
+
+    Returns:
+        The norm before clipping, a scalar that nothing has waited for.
+    """
+    norm = whole(get_total_norm([p.grad for p in weights if p.grad is not None], foreach=True))
+    every = [parameter for parameter in (*weights, logits) if parameter.grad is not None]
+    finite = norm.isfinite()
+    if norm.device.type != "cpu" or not finite:  # on a CPU the look costs nothing
+        for parameter in every:
+            grad = local(parameter.grad)  # type: ignore[arg-type]
+            grad.copy_(torch.where(finite, grad, 0.0))
+    if limit:
+        clip_grads_with_norm_(every, limit, torch.where(finite, norm, 0.0), foreach=True)
+    return norm
+
+
+def gradients_of_logits(experts: Experts, strength: float) -> tuple[Tensor, Tensor]:
+    """Add the prior's gradient to that of the logits; return the norms of both.
+
+    Args:
+        experts: Whose logits have their gradient of the task, clipped.
+        strength: gamma, the weight of the prior.
+
+    Returns:
+        The norms of the task's and of the prior's gradient, scalars.
+    """
+    logits = experts.logits
+    if logits.grad is None:
+        nothing = torch.zeros((), device=local(logits).device)
+        return nothing, nothing
+    task = whole(logits.grad).norm()
+    if not strength:
+        return task, torch.zeros_like(task)
+    values = whole(logits.detach()).requires_grad_()
+    loss = strength * experts.prior_loss(values).mean()
+    (prior,) = torch.autograd.grad(loss, values)
+    local(logits.grad).add_(sharded_like(prior, logits))
+    return task, prior.norm()

@@ -1,0 +1,181 @@
+"""A run in progress: the model, its optimizer, its average and its data."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from remixdit import distributed
+from remixdit.data import Batch, Loader, ShardDataset
+from remixdit.data.autoencoder import load_autoencoder
+from remixdit.distributed import Ranks
+from remixdit.distributed.parallel import replicate, shard
+from remixdit.model.loading import newest_checkpoint
+from remixdit.model.model import RemixDiT
+from remixdit.sampling.sampler import SamplingConfig, sample
+from remixdit.training import checkpoint
+from remixdit.training.average import Average
+from remixdit.training.config import PRECISIONS, TrainConfig
+from remixdit.training.optimizer import adamw, clip, gradients_of_logits, set_learning_rates
+from remixdit.training.plan import Inputs, Planner
+from remixdit.training.start import Start, training_strata
+from remixdit.training.step import Window, gradients
+
+__all__ = ["Training"]
+
+
+class Training:
+    """A run in progress.
+
+    Args:
+        config: The run.
+        start: The model to begin with.
+        dataset: What it learns from.
+        ranks: Which of the processes this one is.
+    """
+
+    def __init__(
+        self, config: TrainConfig, start: Start, dataset: ShardDataset, ranks: Ranks
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        self.device = distributed.pick_device(config.device)
+        self.model = RemixDiT.empty(start.config)
+        self.network = self._wrapped(self.model.network)
+        self.checksum = start.fill(self.model, self.device)
+        if config.compiles(self.device):
+            compile_blocks(self.model.network)
+        if ranks.num_ranks > 1 and not config.shard:
+            self.network = replicate(self.model.network, self.device)
+        self.optimizer = adamw(self.model.experts, config.optimizer)
+        self.average = Average(self.model.network)
+        self.strata = training_strata(self.model.config, config)
+        only = config.objective.only_interval()
+        self.planner = Planner(
+            self.strata,
+            config.strata_per_step,
+            config.batch_size,
+            config.seed,
+            self.model.config.network.num_classes,
+            config.objective.label_dropout,
+            only[0] if only else None,
+        )
+        self.loader = Loader(
+            dataset,
+            config.batch_size,
+            seed=config.seed,
+            mirror=config.objective.mirror,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+        )
+        self.step = 0
+        self.window = self._new_window()
+
+    def _wrapped(self, network: nn.Module) -> nn.Module:
+        """Shard the network, before it has any storage, if that is asked for."""
+        self.model.network.recompute = self.config.recompute
+        if self.is_sharded:
+            bases = list(self.model.experts.bases().values())
+            shard(network, list(self.model.network.blocks), bases, self.config.shard_size)
+        return network
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds but a part of the weights."""
+        return self.config.shard and self.ranks.num_ranks > 1
+
+    def batches(self) -> Iterator[Inputs]:
+        """Yield the inputs of the steps to come, made ahead in the loader's thread."""
+
+        def make(step: int, batch: Batch) -> Inputs:
+            inputs = self.planner.inputs(step, batch)
+            return inputs.pinned() if self.device.type == "cuda" else inputs
+
+        return self.loader.batches(self.step, make)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        newest = newest_checkpoint(self.config.output_dir)
+        if newest is not None:
+            state = checkpoint.restore(newest, self.model, self.optimizer, self.average)
+            self.step, self.checksum = state
+
+    def take_step(self, inputs: Inputs) -> None:
+        """Take one optimizer step."""
+        config, experts = self.config, self.model.experts
+        gradients(
+            self.model,
+            self.network,
+            inputs,
+            self.window,
+            micro_batch_size=config.micro_batch_size,
+            precision=PRECISIONS[config.precision],
+        )
+        weights = [p for p in self.model.network.parameters() if p is not experts.logits]
+        norm = clip(weights, experts.logits, config.optimizer.max_grad_norm)
+        prior = config.mixture.prior_at(self.step, config.steps)
+        self.window.add_norms(norm, *gradients_of_logits(experts, prior))
+        set_learning_rates(self.optimizer, config.optimizer.lr_factor(self.step, config.steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(config.optimizer.ema_weight(self.step))
+        self.step += 1
+
+    def metrics(self) -> dict[str, Any]:
+        """Return a line of metrics, and begin the next.
+
+        Raises:
+            ArithmeticError: loss and gradient are no longer finite; one step may fail, and is
+                left out, but this is how a run ends that has diverged.
+        """
+        config = self.config
+        masses = torch.tensor(self.strata.masses)
+        row = {
+            "step": self.step,
+            "images_seen": self.step * config.batch_size,
+            **self.window.means(masses, config.batch_size),
+            "prior_strength": config.mixture.prior_at(self.step - 1, config.steps),
+            "learning_rate": config.optimizer.learning_rate
+            * config.optimizer.lr_factor(self.step - 1, config.steps),
+            "reduced_bytes": self.reduced_bytes(),
+        }
+        if not (math.isfinite(row["loss"]) or self.window.last_grad_norm.isfinite()):
+            raise ArithmeticError(
+                f"training diverged: the loss is {row['loss']} at step {self.step}; start again "
+                "from an earlier checkpoint with a smaller learning_rate"
+            )
+        self.window = self._new_window()
+        return row
+
+    def reduced_bytes(self) -> int:
+        """Return the bytes of gradients that a process hands over in a step."""
+        if self.ranks.num_ranks == 1:
+            return 0
+        trained = (p for p in self.model.network.parameters() if p.requires_grad)
+        return sum(parameter.numel() * parameter.itemsize for parameter in trained)
+
+    def sample(self) -> tuple[np.ndarray, list[str]]:
+        """Draw a few images from the averaged weights: (n, H, W, C) uint8, and their classes."""
+        output, names = self.config.output, self.model.config.class_names
+        sampling = SamplingConfig(
+            num_images=output.sample_images,
+            num_inference_steps=output.sample_inference_steps,
+            seed=self.config.seed,
+        )
+        autoencoder = load_autoencoder(self.model.config.autoencoder)
+        with self.average.swapped_in():
+            batches = list(sample(self.model, autoencoder, sampling))
+        labels = [int(label) for batch in batches for label in batch.class_labels]
+        images = np.concatenate([batch.images for batch in batches])
+        return images, [names[label] for label in labels] if names else []
+
+    def _new_window(self) -> Window:
+        return Window(self.strata.num_experts, self.device)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile a network block by block: one graph serves all blocks, at any M."""
+    for block in network.blocks:  # type: ignore[union-attr]
+        block.compile(fullgraph=True)
