@@ -6,7 +6,8 @@ from torch import Tensor
 
 from remixdit.diffusion.dit import DiT, DiTConfig
 from remixdit.evaluation.features import Extractor, Features
-from remixdit.first.mixing import Mixture
+from remixdit.mixture.experts import Experts
+from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 
 
@@ -44,17 +45,29 @@ def published_dit(given: dict[str, Tensor], settings: dict) -> DiT:
     return network
 
 
-def published_mixture(given: dict[str, Tensor], settings: dict) -> Mixture:
+def published_remix(given: dict[str, Tensor], settings: dict) -> RemixDiT:
     """The mixture whose outputs are `remix.output`."""
-    network = DiT(DiTConfig(**settings["config"]))
-    mixture = Mixture(network, settings["num_bases"], settings["num_experts"])
-    bases = mixture.bases()
-    state = {"logits": given["remix.weights.coefficients.weight"]}
-    for name in network.state_dict():
-        kind = "bases" if name in bases else "shared"
-        state[f"{kind}.{name}"] = given[f"remix.weights.{name}"]
-    mixture.load_state_dict(state)
-    return mixture
+    config = RemixConfig(
+        network=DiTConfig(**settings["config"]),
+        num_bases=settings["num_bases"],
+        num_experts=settings["num_experts"],
+    )
+    model = RemixDiT.empty(config)
+    state = {"logits": given["remix.weights.coefficients.weight"].clone()}
+    for key, name in model.experts.disk_names().items():
+        if name != "logits":
+            state[name] = given[f"remix.weights.{key}"].clone()
+    model.load_weights(state)
+    return model
+
+
+@torch.no_grad()
+def perturb(experts: Experts, scale: float = 0.5, seed: int = 0) -> None:
+    """Add noise to the bases, `scale` times the root mean square of each parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    for bases in experts.bases().values():
+        size = scale * bases.square().mean().sqrt()
+        bases.add_(size * torch.randn(bases.shape, generator=generator, dtype=bases.dtype))
 
 
 def batch(network: DiT, size: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +99,7 @@ def saved_bytes(network: DiT) -> int:
 
 def tiny_model() -> RemixDiT:
     model = RemixDiT.from_dit(tiny_dit(), 2, 5)
-    model.mixture.perturb(0.5, torch.Generator().manual_seed(0))
+    perturb(model.experts)
     return model
 
 

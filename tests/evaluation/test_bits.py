@@ -13,7 +13,7 @@ from remixdit.evaluation.bits import bound_strata, no_bound, prior_bits, variati
 from remixdit.evaluation.losses import Held
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
-from tests.tiny import tiny_config, tiny_dit
+from tests.tiny import perturb, tiny_config, tiny_dit
 
 TIMESTEPS = 24
 
@@ -22,7 +22,7 @@ def tiny_model(num_experts: int = 3, **changes: object) -> RemixDiT:
     """A model that is trained on nothing."""
     network = tiny_dit(learn_sigma=bool(changes.pop("learn_sigma", True)))
     model = RemixDiT.from_dit(network, 2, num_experts, num_train_timesteps=TIMESTEPS, **changes)
-    model.mixture.perturb(0.5, torch.Generator().manual_seed(0))
+    perturb(model.experts, 0.5, 0)
     return model
 
 

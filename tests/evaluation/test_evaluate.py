@@ -20,7 +20,7 @@ from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 from tests.command_line import pixels, refusal, remixdit, write_folder, write_npz
 from tests.processes import launch
-from tests.tiny import COLOURS, save_tiny, tiny_config, tiny_dit
+from tests.tiny import COLOURS, perturb, save_tiny, tiny_config, tiny_dit
 
 FAST = "--num-images 20 --num-inference-steps 3 --batch-size 8"
 
@@ -51,7 +51,7 @@ def save_model(directory: Path, seed: int, num_experts: int = 5, **options: obje
     network = tiny_dit(seed, input_size=16, patch_size=4, in_channels=3)
     model = RemixDiT.from_dit(network, min(2, num_experts), num_experts, **options)
     if num_experts > 1:
-        model.mixture.perturb(0.3, torch.Generator().manual_seed(seed))
+        perturb(model.experts, 0.3, seed)
     model.save_pretrained(directory)
     return directory
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from remixdit import DiT, RemixConfig, RemixDiT
-from tests.tiny import batch, tiny_config, tiny_dit
+from tests.tiny import batch, perturb, tiny_config, tiny_dit
 
 
 def tiny_model(num_bases: int = 2, num_experts: int = 7, **options: object) -> RemixDiT:
     model = RemixDiT.from_dit(tiny_dit(), num_bases, num_experts, **options)
-    model.mixture.perturb(0.5, torch.Generator().manual_seed(0))
+    perturb(model.experts, 0.5, 0)
     return model
 
 
@@ -46,7 +46,7 @@ def test_an_expert_is_a_plain_network_of_its_own():
     network = model.expert(3)
     assert type(network) is DiT
     before = [p.clone() for p in network.parameters()]
-    model.mixture.activate(6)
+    model.predict(6, *batch(network))
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
@@ -94,8 +94,8 @@ def test_moving_a_model_keeps_network_and_bases_together():
     expected = model.denoise(inputs[0].double(), *inputs[1:])
     assert expected.dtype == torch.float64
     with torch.no_grad():
-        for segment in model.mixture.segments:
-            segment.bases.zero_()
+        for parameter in model.parameters():
+            parameter.zero_()
     assert model.denoise(inputs[0].double(), *inputs[1:]).abs().max() == 0
 
 
@@ -108,8 +108,8 @@ def test_a_copy_and_a_loaded_state_are_the_same_model():
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.denoise(*inputs), expected)
     with torch.no_grad():
-        copied.mixture.logits += 1.0
-        copied.mixture.segments[0].bases.zero_()
+        for parameter in copied.parameters():
+            parameter.zero_()
     assert torch.equal(model.denoise(*inputs), expected)
 
 

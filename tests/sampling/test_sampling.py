@@ -14,7 +14,7 @@ from remixdit.sampling.sampler import (
     spaced_timesteps,
     trajectory_of,
 )
-from tests.tiny import published_dit, tiny_config, tiny_dit
+from tests.tiny import perturb, published_dit, tiny_config, tiny_dit
 
 
 def published_model(given, settings) -> RemixDiT:
@@ -23,7 +23,7 @@ def published_model(given, settings) -> RemixDiT:
 
 def tiny_model(num_bases: int = 2, num_experts: int = 5, **options: object) -> RemixDiT:
     model = RemixDiT.from_dit(tiny_dit(), num_bases, num_experts, **options)
-    model.mixture.perturb(0.5, torch.Generator().manual_seed(0))
+    perturb(model.experts, 0.5, 0)
     return model
 
 
@@ -77,14 +77,15 @@ def test_processes_share_out_the_images():
     assert [index for batch in alone for index in batch] == list(range(7))
 
 
-def test_a_trajectory_mixes_each_expert_at_most_once():
+def test_a_trajectory_mixes_each_expert_at_most_once(monkeypatch):
     model = tiny_model()
-    mixes = []
-    segment = next(segment for segment in model.mixture.segments if segment.is_mixed)
-    original = segment.mix
-    segment.mix = lambda coefficients: (mixes.append(1), original(coefficients))
+    switch, mixes = model.switch(), []
+    original = switch._write
+    monkeypatch.setattr(
+        switch, "_write", lambda *args, **kw: (mixes.append(1), original(*args, **kw))
+    )
     sample_latents(model, SamplingConfig(num_images=2, num_inference_steps=50), range(2))
-    assert len(mixes) <= model.num_experts
+    assert len(mixes) == model.num_experts
 
 
 def test_precomputed_experts_give_identical_images():
@@ -107,25 +108,24 @@ def test_guidance_outside_its_interval_costs_nothing_and_changes_nothing():
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
-def test_schedulers_find_the_data_of_a_perfect_network(scheduler):
+def test_schedulers_find_the_data_of_a_perfect_network(scheduler, monkeypatch):
     """A network that always sees through the noise to one image must arrive there."""
     model = tiny_model()
     truth = torch.rand(1, 1, 8, 8) * 2 - 1
 
-    class Oracle(torch.nn.Module):
-        def forward(self, latents, timesteps, class_labels):
-            signal = model.process.alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
-            noise = (latents - signal.sqrt() * truth) / (1 - signal).sqrt()
-            return torch.cat([noise, torch.zeros_like(noise)], dim=1)
+    def oracle(expert, latents, timesteps, class_labels):
+        signal = model.process.alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
+        noise = (latents - signal.sqrt() * truth) / (1 - signal).sqrt()
+        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
 
-    model.network = Oracle()
+    monkeypatch.setattr(model, "predict", oracle)
     config = SamplingConfig(num_images=2, scheduler=scheduler, num_inference_steps=20)
     torch.testing.assert_close(
         sample_latents(model, config, range(2)), truth.expand(2, -1, -1, -1), rtol=1e-3, atol=1e-3
     )
 
 
-def test_euler_follows_a_straight_flow_to_the_data():
+def test_euler_follows_a_straight_flow_to_the_data(monkeypatch):
     config = RemixConfig(
         network=tiny_config(learn_sigma=False),
         num_bases=1,
@@ -135,11 +135,10 @@ def test_euler_follows_a_straight_flow_to_the_data():
     model = RemixDiT(config)
     truth = torch.rand(1, 1, 8, 8)
 
-    class Velocity(torch.nn.Module):
-        def forward(self, latents, timesteps, class_labels):
-            return (latents - truth) / (timesteps / 1000).view(-1, 1, 1, 1)
+    def velocity(expert, latents, timesteps, class_labels):
+        return (latents - truth) / timesteps.view(-1, 1, 1, 1)
 
-    model.network = Velocity()
+    monkeypatch.setattr(model, "predict", velocity)
     latents = sample_latents(model, SamplingConfig(num_images=2, num_inference_steps=7), range(2))
     torch.testing.assert_close(latents, truth.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-4)
 

@@ -49,7 +49,7 @@ def test_extended_run_equals_unbroken_run(data, unbroken, tmp_path):
     [
         "--num-bases 1 --num-experts 1 --timestep-strata 4",
         "--experts-per-step 1 --prior-strength 1e-3 --prior-schedule constant",
-        "--coefficients one_hot --num-bases 4 --experts-per-step 1",
+        "--coefficients one_hot --num-bases 4",
         "--coefficients raw --per-block --micro-batch-size 5",
         "--prediction-type flow_prediction --logit-normal --mirror --warmup-steps 5",
         "--precision bf16 --mixed all",

@@ -1,11 +1,13 @@
 """What a run may start from."""
 
+from pathlib import Path
+
 import pytest
 
-from remixdit.model.model import RemixDiT
-from remixdit.training.config import MixtureConfig
-from remixdit.training.start import refuse_other_autoencoder
-from tests.tiny import tiny_dit
+from remixdit.model.config import RemixConfig
+from remixdit.training.config import MixtureConfig, TrainConfig
+from remixdit.training.start import refuse_other_autoencoder, remixed_weights
+from tests.tiny import tiny_config, tiny_dit
 
 OWN = {"name": "a", "digest": "1234", "scaling_factor": 0.18215, "shift_factor": 0.0}
 
@@ -38,9 +40,10 @@ def test_the_start_prefers_own_bases_as_strongly_as_asked():
     )
     tables = []
     for mixture in (weak, strong):
-        model = RemixDiT.from_dit(tiny_dit(), mixture.num_bases, mixture.num_experts)
-        model.mixture.prefer_own(mixture.symmetry)
-        tables.append(model.mixture.coefficients().detach()[0])
+        config = TrainConfig(data="", output_dir=Path(), mixture=mixture)
+        target = RemixConfig(network=tiny_config(), num_bases=2, num_experts=4)
+        weights = dict(remixed_weights(target, tiny_dit(), config))
+        tables.append(weights["logits"].softmax(-1))
     assert (tables[0].max(1).values < tables[1].max(1).values).all()
     with pytest.raises(ValueError, match="symmetry must be above 0"):
         MixtureConfig(symmetry=0.0)

@@ -109,7 +109,9 @@ class Experts(nn.Module):
             table = table.expand(num_tables, -1, -1).clone()
         first = next(network.parameters())
         table = table.to(first.device, torch.promote_types(first.dtype, torch.float32))
-        self.logits = nn.Parameter(table, requires_grad=kind != "one_hot")
+        # The one coefficient of one basis is 1 whatever its logit, which then gets no gradient.
+        learns = kind == "raw" or (kind == "softmax" and num_bases > 1)
+        self.logits = nn.Parameter(table, requires_grad=learns)
         self.mixed: dict[str, tuple[str, ...]] = {}  # layer: names of its mixed parameters
         self.__dict__["network"] = network  # not a child, as this is its child
         self._forget()

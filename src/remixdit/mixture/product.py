@@ -69,10 +69,7 @@ class MixedProduct(torch.autograd.Function):
         grads = grads.to(inputs.dtype).contiguous()
         input_grads = None
         if ctx.needs_input_grad[0]:
-            weights = mix(bases, coefficients, inputs.dtype)  # (M, O, I)
-            products = [torch.bmm(g, weights[place]) for g, place in grouped(grads, ctx.spans)]
-            input_grads = joined(products, inputs)
-            del weights, products
+            input_grads = times(grads, mix(bases, coefficients, inputs.dtype), ctx.spans)
         pairs = zip(grouped(grads, ctx.spans), grouped(inputs, ctx.spans), strict=True)
         weight_grads = torch.cat([torch.bmm(g.transpose(1, 2), x) for (g, _), (x, _) in pairs])
         basis_grads, coefficient_grads = folded(weight_grads, bases, coefficients)
@@ -82,6 +79,12 @@ class MixedProduct(torch.autograd.Function):
             bias_grads = coefficients.t() @ sums
             coefficient_grads = coefficient_grads + sums @ biases.t()
         return input_grads, basis_grads, bias_grads, coefficient_grads, None
+
+
+def times(images: Tensor, weights: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """Return (B, R, O) images times the (M, O, I) weights of their experts: (B, R, I)."""
+    products = [torch.bmm(rows, weights[place]) for rows, place in grouped(images, spans)]
+    return joined(products, images)
 
 
 def grouped(images: Tensor, spans: tuple[Span, ...]) -> list[tuple[Tensor, slice]]:

@@ -217,8 +217,8 @@ class TrainConfig:
     """Share bases, moments and averages out over the processes, in slices of equal size."""
     shard_size: int = 0
     """Processes that share one copy of all that out, such as those of a machine; 0 for all."""
-    compile: bool | None = None
-    """Compile the blocks of the network; by default on a GPU only."""
+    compile: bool = field(default_factory=torch.cuda.is_available)
+    """Compile the blocks of the network; the default where there is a GPU."""
     network: DiTConfig = field(default_factory=DiTConfig)
     """Shape of the network; input_size, in_channels and num_classes are taken from the data."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
@@ -273,10 +273,6 @@ class TrainConfig:
         together = self.strata_per_step == total > 1
         predicts_noise = self.objective.prediction_type == "epsilon"
         return "log_snr" if together and predicts_noise else "uniform"
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether blocks are compiled on a device."""
-        return device.type == "cuda" if self.compile is None else self.compile
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -157,7 +157,7 @@ def starting_model(config: TrainConfig, data: Outline) -> Start:
         refuse_other_autoencoder(given.config.autoencoder, data.autoencoder)
     if given is not None and given.num_experts > 1:
         refuse_other_mixture(given.config, target)
-        return Start(target, lambda: iter(given.weights().items()))
+        return Start(given.config, lambda: iter(given.weights().items()))
     if given is None:
         network = DiT(target.network, config.seed)
     else:

@@ -45,7 +45,7 @@ class Training:
         self.model = RemixDiT.empty(start.config)
         self.network = self._wrapped(self.model.network)
         self.checksum = start.fill(self.model, self.device)
-        if config.compiles(self.device):
+        if config.compile:
             compile_blocks(self.model.network)
         if ranks.num_ranks > 1 and not config.shard:
             self.network = replicate(self.model.network, self.device)

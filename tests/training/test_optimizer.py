@@ -1,0 +1,151 @@
+"""The update of a step: torch's AdamW, clipping, the prior, the average."""
+
+import copy
+
+import pytest
+import torch
+
+from remixdit.mixture.remix import remix
+from remixdit.training.average import Average
+from remixdit.training.config import MixtureConfig
+from remixdit.training.optimizer import (
+    OptimizerConfig,
+    adamw,
+    clip,
+    gradients_of_logits,
+    set_learning_rates,
+)
+from tests.tiny import batch, perturb, tiny_dit
+
+
+def weights_of(experts):
+    """Return bases and shared parameters."""
+    return [p for p in experts.network.parameters() if p is not experts.logits]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+@pytest.mark.parametrize("mixed", ["attention+mlp", "all"])
+def test_one_basis_is_plain_training_bit_for_bit(mixed, max_grad_norm):
+    plain, network = tiny_dit(), tiny_dit()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+    experts = remix(network, 1, 1, mixed=mixed)
+    optimizer = adamw(experts, OptimizerConfig(learning_rate=1e-2, weight_decay=0.1))
+    for step in range(5):
+        for each in (plain, network):
+            torch.autograd.backward(each(*batch(each, seed=step)).square().mean())
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
+            clip(weights_of(experts), experts.logits, max_grad_norm)
+        for each in (reference, optimizer):
+            each.step()
+            each.zero_grad()
+    named = dict(network.named_parameters())
+    for name, expected in plain.named_parameters():
+        if max_grad_norm:  # a norm of norms, in another order of the parameters
+            torch.testing.assert_close(named[name].squeeze(0), expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(named[name].view_as(expected), expected), name
+
+
+def test_each_group_has_its_learning_rate():
+    experts = remix(tiny_dit(), 2, 4)
+    config = OptimizerConfig(
+        learning_rate=1e-3, shared_learning_rate=1e-4, coefficients_learning_rate=1e-2
+    )
+    optimizer = adamw(experts, config)
+    set_learning_rates(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-5, 5e-3]
+    named = [len(group["params"]) for group in optimizer.param_groups]
+    assert named == [16, len(weights_of(experts)) - 16, 1]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0, 0]
+
+
+def test_frozen_coefficients_are_not_trained():
+    experts = remix(tiny_dit(), 2, 4, coefficients="one_hot")
+    assert len(adamw(experts, OptimizerConfig()).param_groups) == 2
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_counts_as_zero(max_grad_norm):
+    network = tiny_dit()
+    experts = remix(network, 3, 5)
+    optimizer = adamw(experts, OptimizerConfig())
+    before = copy.deepcopy(network.state_dict())
+    with experts.route([0, 1, 2, 3, 4, 4]):
+        torch.autograd.backward(network(*batch(network)).sum() * float("nan"))
+    norm = clip(weights_of(experts), experts.logits, max_grad_norm)
+    gradients_of_logits(experts, 0.0)
+    optimizer.step()
+    assert not norm.isfinite()
+    assert all(torch.equal(values, before[name]) for name, values in network.state_dict().items())
+
+
+def test_clipping_scales_all_gradients_alike():
+    network = tiny_dit()
+    experts = remix(network, 3, 5)
+    perturb(experts)
+    found = []
+    for limit in (0.0, 1e-3):
+        with experts.route([0, 1, 2, 3, 4, 4]):
+            torch.autograd.backward(network(*batch(network)).square().mean())
+        norm = clip(weights_of(experts), experts.logits, limit)
+        found.append([p.grad.clone() for p in network.parameters()])
+        network.zero_grad()
+    for whole, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(scaled, whole * 1e-3 / norm, rtol=1e-3, atol=1e-12)
+
+
+def test_the_prior_pulls_beside_the_task():
+    experts = remix(tiny_dit(), 2, 4)
+    experts.logits.grad = torch.full((4, 2), 0.5)
+    task, prior = gradients_of_logits(experts, 0.1)
+    expected = torch.autograd.grad(0.1 * experts.prior_loss().mean(), experts.logits)[0]
+    assert task.item() == pytest.approx(0.5 * 8**0.5)
+    assert prior.item() == pytest.approx(expected.norm().item())
+    torch.testing.assert_close(experts.logits.grad, 0.5 + expected)
+
+
+def test_the_prior_falls_to_exactly_zero():
+    config = MixtureConfig(prior_strength=0.3)
+    assert config.prior_at(0, 10) == 0.3
+    assert config.prior_at(9, 10) == 0.0
+    assert config.prior_at(0, 1) == 0.3
+    constant = MixtureConfig(prior_strength=0.3, prior_schedule="constant")
+    assert constant.prior_at(9, 10) == 0.3
+
+
+def test_equal_bases_stay_equal_unless_the_start_breaks_the_symmetry():
+    """Invariant 9: equal bases with equal coefficients cannot be left by training."""
+    for symmetry, apart in ((0.0, False), (2.0, True)):
+        network = tiny_dit()
+        experts = remix(network, 2, 4, symmetry=symmetry)
+        optimizer = adamw(experts, OptimizerConfig(learning_rate=1e-2))
+        for step in range(4):
+            with experts.route([0, 1, 2, 3, 3, 3]):
+                output = network(*batch(network, seed=step))
+            weights = torch.arange(1.0, 7)[:, None, None, None]
+            torch.autograd.backward((output.square() * weights).mean())
+            if step == 0:
+                assert experts.logits.grad.abs().max() < 1e-6
+            optimizer.step()
+            optimizer.zero_grad()
+        first, second = (
+            torch.cat([b[k].flatten() for b in experts.bases().values()]) for k in (0, 1)
+        )
+        assert torch.allclose(first, second, atol=1e-7) != apart
+
+
+def test_averages_follow_the_weights_and_are_swapped_without_a_trace():
+    network = tiny_dit()
+    remix(network, 2, 4)
+    average = Average(network)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    average.update(0.25)
+    with average.swapped_in():
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(parameter.detach(), before[name] + 0.25)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter.detach(), before[name] + 1.0)
