@@ -18,6 +18,7 @@ from remixdit.evaluation.metrics import gaussian, kernel_distance
 from remixdit.evaluation.scores import image_features, reference_features
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
+from remixdit.progress import finish
 from tests.command_line import pixels, refusal, remixdit, write_folder, write_npz
 from tests.processes import launch
 from tests.tiny import COLOURS, save_tiny, tiny_config, tiny_dit
@@ -344,12 +345,12 @@ def test_flow_matching_has_losses_and_no_bits(data):
     )
     model = RemixDiT(config)
     held, _ = open_held(f"{data}/real.npz", model, 6)
-    *_, result = evaluate_intervals(model, held, IntervalConfig())
+    result = finish(evaluate_intervals(model, held, IntervalConfig()))
     assert "flow_prediction has no variational bound" in result["bits_per_dim"]["left_out"]
     assert result["intervals"][-1]["to"] == 1
     v = RemixDiT.from_dit(tiny_dit(input_size=16, patch_size=4, in_channels=3), 1, 1)
     with pytest.raises(ValueError, match="against must have the prediction_type flow_prediction"):
-        list(evaluate_intervals(model, held, IntervalConfig(), Rival("v", v)))
+        finish(evaluate_intervals(model, held, IntervalConfig(), Rival("v", v)))
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,13 +1,11 @@
 """Scores of two sets of images: named, with errors and floors, and left out with a reason."""
 
 import json
-from collections.abc import Generator
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
 from remixdit.evaluation.features import Extractor, read_reference, write_statistics
@@ -26,6 +24,7 @@ from remixdit.evaluation.scores import (
     reference_features,
     scores,
 )
+from remixdit.progress import finish
 from tests.command_line import pixels, write_folder, write_npz
 from tests.tiny import COLOURS
 
@@ -39,15 +38,6 @@ def features(count: int, seed: int = 0, size: int = 6) -> FeatureSet:
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randn(count, size, generator=generator)
     return FeatureSet(pool, 3 * pool, pool[:, :4])
-
-
-def returned(progress: Generator[int, None, tuple[FeatureSet, Tensor]]) -> tuple:
-    """Run a generator to its end, and return what it returns."""
-    while True:
-        try:
-            next(progress)
-        except StopIteration as end:
-            return end.value
 
 
 def test_scores_are_those_of_the_metrics():
@@ -179,7 +169,7 @@ def test_unreadable_images_are_left_out(tmp_path, extractor):
     folder = write_folder(tmp_path / "photos", cat=3, dog=3)
     (folder / "cat" / "1.png").write_bytes(b"no image")
     images = open_images(folder)
-    found, rows = returned(collect(images.batches(), len(images), extractor))
+    found, rows = finish(collect(images.batches(), len(images), extractor))
     assert rows.tolist() == [0, 2, 3, 4, 5]
     assert len(found.pool) == 5
 
@@ -187,7 +177,7 @@ def test_unreadable_images_are_left_out(tmp_path, extractor):
 def test_collected_features_stand_in_the_order_of_their_rows(extractor):
     images = pixels(6)
     batches = [ImageBatch(np.array([4, 5]), images[4:]), ImageBatch(np.arange(4), images[:4])]
-    found, _ = returned(collect(iter(batches), 6, extractor))
+    found, _ = finish(collect(iter(batches), 6, extractor))
     torch.testing.assert_close(found.pool, image_features([images], extractor).pool)
 
 

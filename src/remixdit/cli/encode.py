@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.terminal import Bar, say
+from remixdit.cli.terminal import follow, say
 from remixdit.data import EncodeConfig, check_apart, encode, open_source
 
 __all__ = ["run"]
@@ -36,17 +36,9 @@ def run(args: Sequence[str]) -> None:
     check_apart(arguments.source, arguments.output, arguments.split)
     source = open_source(arguments.source, arguments.split)
     ranks = distributed.start(device)
-    skipped = total = 0
+    work = encode(source, arguments.output, config, rank=ranks.rank, num_ranks=ranks.num_ranks)
     try:
-        with Bar("encode", len(source), "images") as bar:
-            for done, total, skipped in encode(
-                source,
-                arguments.output,
-                config,
-                rank=ranks.rank,
-                num_ranks=ranks.num_ranks,
-            ):
-                bar.update(done, f"{skipped} skipped" if skipped else "", total=total)
+        total, skipped = follow(work, {"encode": "images"})
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
     finally:

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from remixdit.bench.latency import model_costs
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.evaluation_text import checks_text, images_text, intervals_text
 from remixdit.cli.sample import label_numbers
-from remixdit.cli.terminal import Bar, say
+from remixdit.cli.terminal import follow, say
 from remixdit.data import is_shard_dir
-from remixdit.evaluation.experts import IntervalConfig, Rival, Under, evaluate_intervals, open_held
+from remixdit.evaluation.experts import IntervalConfig, Rival, evaluate_intervals, open_held
 from remixdit.evaluation.images import ImageConfig, evaluate_images
-from remixdit.evaluation.images import Under as Stage
 from remixdit.evaluation.metrics import self_test
 from remixdit.evaluation.subjects import Subject, files_subject, model_subject
 from remixdit.files import write_file
@@ -184,16 +182,8 @@ def scored(arguments: EvaluateArguments, subject: Subject, device: torch.device)
     """Score images, with a bar for each stage; empty on all processes but the first."""
     ranks = distributed.start(device)
     config = base_config(arguments, ImageConfig)
-    progress = evaluate_images(subject, config, device, ranks, arguments.seed)
-    result: dict[str, Any] = {}
-    for name, steps in groupby(progress, lambda step: getattr(step, "name", "")):
-        with Bar(name, 1, "" if name in ("scores", "checks") else "images") as bar:
-            for step in steps:
-                if isinstance(step, Stage):
-                    bar.update(step.done, total=step.total)
-                else:
-                    result = step
-    return result
+    work = evaluate_images(subject, config, device, ranks, arguments.seed)
+    return follow(work, dict.fromkeys(("reference", "train", "samples"), "images"))
 
 
 def by_interval(arguments: EvaluateArguments, device: torch.device) -> dict[str, Any]:
@@ -206,9 +196,8 @@ def by_interval(arguments: EvaluateArguments, device: torch.device) -> dict[str,
     if arguments.against:
         rival = Rival(arguments.against, opened(arguments.against, arguments, device))
     ranks = distributed.start(device)
-    result: dict[str, Any] = {}
-    with Bar("intervals", 1) as bar:
-        for progress in evaluate_intervals(
+    result = follow(
+        evaluate_intervals(
             model,
             held,
             base_config(arguments, IntervalConfig),
@@ -216,11 +205,8 @@ def by_interval(arguments: EvaluateArguments, device: torch.device) -> dict[str,
             ranks=ranks,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
-        ):
-            if isinstance(progress, Under):
-                bar.update(progress.done, total=progress.total)
-            else:
-                result = progress
+        )
+    )
     if not ranks.is_first:
         return {}
     about = {

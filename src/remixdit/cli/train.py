@@ -9,8 +9,8 @@ import tyro
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.terminal import Bar, say
-from remixdit.data import Progress as Encoded
 from remixdit.model.loading import newest_checkpoint
+from remixdit.progress import Progress as Encoded
 from remixdit.training.config import TrainConfig
 from remixdit.training.loop import Progress, train
 from remixdit.training.presets import PRESETS, preset
@@ -62,7 +62,7 @@ def follow(config: TrainConfig) -> None:
     with Bar("train", config.steps, "images", config.batch_size) as bar:
 
         def encoding(done: Encoded) -> None:
-            bar.show(f"encoding {config.data}: {done.images_done} of {done.num_images} images")
+            bar.show(f"encoding {config.data}: {done.done} of {done.total} images")
 
         for progress in train(config, encoding):
             if progress.metrics is not None:

@@ -1,7 +1,7 @@
 """Is a directory of shards whole, and does it hold what one thinks it does?"""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from PIL import Image
 from remixdit.data.autoencoder import Pixels, load_autoencoder
 from remixdit.data.shards import LABELS_FILE, ShardDataset
 from remixdit.data.writing import PARTS_DIR, file_digest
+from remixdit.progress import Progress
 
 __all__ = ["Report", "check"]
 
@@ -69,18 +70,20 @@ class Report:
         ]
 
 
-def check(directory: str | Path, on_file: Callable[[int, int], None] | None = None) -> Report:
+def check(directory: str | Path) -> Generator[Progress, None, Report]:
     """Verify a directory of shards.
 
     Args:
-        directory: of a finished encoding.
-        on_file: is called with (files verified, files in all), for a progress bar.
+        directory: That of a finished encoding.
+
+    Yields:
+        Its progress in files.
 
     Raises:
-        ValueError: there is no index to verify against.
+        ValueError: There is no index to verify against.
     """
     dataset = ShardDataset(directory)
-    problems = [*_wrong_files(dataset, on_file or (lambda done, total: None))]
+    problems = yield from _wrong_files(dataset)
     if problems:
         # What is broken is not looked at: its pictures would say nothing.
         counts = np.zeros(dataset.num_classes + 1, np.int64)
@@ -102,23 +105,25 @@ def check(directory: str | Path, on_file: Callable[[int, int], None] | None = No
     )
 
 
-def _wrong_files(dataset: ShardDataset, on_file: Callable[[int, int], None]) -> Iterator[str]:
-    """Yield a sentence for each file that is not as the index says, or should not be there."""
+def _wrong_files(dataset: ShardDataset) -> Generator[Progress, None, list[str]]:
+    """Return a sentence for each file that is not as the index says, or should not be there."""
+    problems = []
     expected = {LABELS_FILE: dataset.index["class_labels_digest"]}
     for shard in dataset.index["shards"]:
         expected |= shard["digests"]
     for done, (name, digest) in enumerate(expected.items(), start=1):
         path = dataset.directory / name
         if not path.is_file():
-            yield f"{name} is missing"
+            problems.append(f"{name} is missing")
         elif file_digest(path) != digest:
-            yield f"{name} is damaged: its checksum is not that of the index"
-        on_file(done, len(expected))
+            problems.append(f"{name} is damaged: its checksum is not that of the index")
+        yield Progress("check", done, len(expected))
     for path in sorted(dataset.directory.glob("*.npy")):
         if path.name not in expected:
-            yield f"{path.name} belongs to another encoding: the index does not name it"
+            problems.append(f"{path.name} belongs to another encoding: the index does not name it")
     if (dataset.directory / PARTS_DIR).exists():
-        yield f"{PARTS_DIR} is left of an encoding: encode again with the same command"
+        problems.append(f"{PARTS_DIR} is left of an encoding: encode again with the same command")
+    return problems
 
 
 def _remarks(dataset: ShardDataset, class_counts: np.ndarray, std: float) -> Iterator[str]:

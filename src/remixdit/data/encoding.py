@@ -10,7 +10,7 @@ Shapes: B = batch_size, C channels, S = image_size, h w the size of a latent.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from remixdit.data.writing import EncodedDir, ShardRecord, ShardWriter
 from remixdit.distributed.ranks import pick_device
 from remixdit.images.source import Source
 from remixdit.images.squares import PictureBatch, Pictures
+from remixdit.progress import Progress
 
-__all__ = ["EncodeConfig", "Progress", "encode"]
+__all__ = ["EncodeConfig", "Share", "encode"]
 
 SHARD_BYTES = 64 * 2**20
 MAX_SHARDS = 256  # each is a memory map, which holds a file descriptor
@@ -76,12 +77,13 @@ class EncodeConfig:
             raise ValueError("mirror is for latents: pixels are mirrored when they are read")
 
 
-class Progress(NamedTuple):
-    """How far one process has come with its share."""
+class Share(NamedTuple):
+    """The images that one process was to encode."""
 
-    images_done: int
     num_images: int
-    images_skipped: int
+    """Number of images, those that were encoded earlier among them."""
+    images_skipped: int = 0
+    """Number of images that cannot be read."""
 
 
 def encode(
@@ -91,11 +93,14 @@ def encode(
     *,
     rank: int = 0,
     num_ranks: int = 1,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, Share]:
     """Encode this rank's share of a source; the rank that finishes last writes the index.
 
     Yields:
-        Progress, after every batch. Shards that are already there count as done.
+        Its progress in images, first of the shards that are there and then after every batch.
+
+    Returns:
+        What this rank's share was; all images where the index was there already.
 
     Raises:
         ValueError: the directory holds another encoding, an image cannot be read (when strict),
@@ -106,16 +111,17 @@ def encode(
     directory = EncodedDir(Path(output_dir), settings)
     with _told_of_disk_errors(directory.directory):
         if not directory.start():
-            yield Progress(len(source), len(source), 0)
-            return
+            yield Progress("encode", len(source), len(source))
+            return Share(len(source))
         encoder = _Encoder(source, config, autoencoder, directory)
         try:
-            yield from encoder.run(rank, num_ranks)
+            share = yield from encoder.run(rank, num_ranks)
             directory.merge(len(encoder.shards))
         except ValueError:
             if num_ranks == 1:
                 directory.discard_if_empty()
             raise
+    return share
 
 
 @contextmanager
@@ -158,22 +164,26 @@ class _Encoder:
             range(first, min(first + size, len(source))) for first in range(0, len(source), size)
         ]
 
-    def run(self, rank: int, num_ranks: int) -> Iterator[Progress]:
+    def run(self, rank: int, num_ranks: int) -> Generator[Progress, None, Share]:
         """Encode those of this rank's shards that are not there yet."""
         numbers = range(rank, len(self.shards), num_ranks)
         total = sum(len(self.shards[number]) for number in numbers)
-        done = skipped = 0
+        done, skipped, missing = 0, 0, []
         for number in numbers:
             record = self.directory.record(number)
-            if record is not None:
+            if record is None:
+                missing.append(number)
+            else:
                 done += len(self.shards[number])
                 skipped += len(record.skipped)
-                yield Progress(done, total, skipped)
-                continue
+        # Before the first batch, so that the speed is that of what is encoded now.
+        yield _progress(done, total, skipped)
+        for number in missing:
             for batch in self._write_shard(number):
                 done += len(batch.pixels) + len(batch.skipped)
                 skipped += len(batch.skipped)
-                yield Progress(done, total, skipped)
+                yield _progress(done, total, skipped)
+        return Share(total, skipped)
 
     def _write_shard(self, number: int) -> Iterator[PictureBatch]:
         images, size = self.shards[number], self.config.batch_size
@@ -202,6 +212,10 @@ class _Encoder:
         if not moments.half().isfinite().all():
             raise ValueError(f"{self.config.autoencoder} gives latents past the range of float16")
         return moments.half().cpu().numpy()
+
+
+def _progress(done: int, total: int, skipped: int) -> Progress:
+    return Progress("encode", done, total, f"{skipped} skipped" if skipped else "")
 
 
 def _settings(source: Source, config: EncodeConfig, autoencoder: Autoencoder) -> dict[str, object]:

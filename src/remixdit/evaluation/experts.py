@@ -7,7 +7,7 @@ the intervals, so their number changes nothing.
 Shapes: n held-out images, I intervals, N experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from remixdit.evaluation.metrics import Estimate
 from remixdit.images.source import UNLABELLED
 from remixdit.machine import machine
 from remixdit.model.model import RemixDiT
+from remixdit.progress import Progress
 from remixdit.seeds import generator_for
 
 __all__ = ["IntervalConfig", "Rival", "evaluate_intervals", "open_held"]
@@ -62,13 +63,6 @@ class Rival(NamedTuple):
 
     name: str
     model: RemixDiT
-
-
-class Under(NamedTuple):
-    """What is under way."""
-
-    done: int
-    total: int
 
 
 def open_held(
@@ -161,8 +155,8 @@ def evaluate_intervals(
     ranks: Ranks | None = None,
     seed: int = 0,
     batch_size: int = 64,
-) -> Iterator[Under | dict[str, Any]]:
-    """Measure experts on intervals; yields what is under way, and last the result.
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Measure experts on intervals.
 
     Args:
         model: On its device, in its precision.
@@ -172,6 +166,9 @@ def evaluate_intervals(
         ranks: Which of the processes this one is.
         seed: Of timesteps and noise.
         batch_size: Images at a time; does not change the result.
+
+    Returns:
+        The result as JSON values, the same on all processes.
     """
     ranks = ranks or Ranks()
     if rival is not None:
@@ -180,14 +177,14 @@ def evaluate_intervals(
     tables = plan.empty_tables()
     mine = list(plan.places())[ranks.rank :: ranks.num_ranks]
     for number, (table, place) in enumerate(mine):
-        yield Under(number, len(mine))
+        yield Progress("intervals", number, len(mine))
         tables[table][place] = plan.row(table, place)
-    yield Under(len(mine), len(mine))
+    yield Progress("intervals", len(mine), len(mine))
     whole = {name: torch.from_numpy(table).to(model.device) for name, table in tables.items()}
     distributed.all_reduce(whole.values())  # what others measured is zero here, so this gathers
     if not all(bool(table.isfinite().all()) for table in whole.values()):
         raise ArithmeticError("losses must be finite, got nan or inf: the model has diverged")
-    yield summary(plan, {name: table.cpu().numpy() for name, table in whole.items()})
+    return summary(plan, {name: table.cpu().numpy() for name, table in whole.items()})
 
 
 def check_rival(model: RemixDiT, rival: Rival) -> None:

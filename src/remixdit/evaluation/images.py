@@ -21,8 +21,9 @@ from remixdit.evaluation.image_sets import ImageSet, check_npz, npz_images, open
 from remixdit.evaluation.scores import FeatureSet, collect, scores
 from remixdit.evaluation.subjects import Subject
 from remixdit.machine import machine
+from remixdit.progress import Progress
 
-__all__ = ["ImageConfig", "Under", "evaluate_images"]
+__all__ = ["ImageConfig", "evaluate_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +57,6 @@ class ImageConfig:
             raise ValueError(f"train_split must come with train, got {self.train_split!r} alone")
 
 
-class Under(NamedTuple):
-    """What is under way."""
-
-    name: str
-    done: int
-    total: int
-
-
 class Real(NamedTuple):
     """What is known of real images."""
 
@@ -77,10 +70,8 @@ def evaluate_images(
     device: torch.device,
     ranks: Ranks | None = None,
     seed: int = 0,
-) -> Iterator[Under | dict[str, Any]]:
-    """Score images against real ones; yields what is under way, and last the result.
-
-    The result holds JSON values, complete on the first process and empty on others.
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Score images against real ones.
 
     Args:
         subject: What is under test.
@@ -88,6 +79,9 @@ def evaluate_images(
         device: Of the extractor and the metrics.
         ranks: Which of the processes this one is.
         seed: Of whatever the metrics draw.
+
+    Returns:
+        The result as JSON values, complete on the first process and empty on others.
     """
     ranks = ranks or Ranks()
     extractor = open_extractor(config, device)
@@ -98,15 +92,14 @@ def evaluate_images(
     sets = {"reference": real.images, "train": train, "samples": subject.images}
     found = yield from all_extracted(sets, extractor, ranks)
     if not ranks.is_first:
-        yield {}
-        return
+        return {}
     fake, rows = found["samples"]
     result: dict[str, Any] = {
         "evaluated": {**subject.facts, **facts_of(subject.images, rows)},
         "reference": reference_facts(config, real, found.get("reference")),
         "extractor": extractor.facts(),
     }
-    yield Under("scores", 0, 2)
+    yield Progress("scores", 0, 1)
     result["scores"] = scores(
         found["reference"][0] if "reference" in found else None,
         fake,
@@ -115,18 +108,19 @@ def evaluate_images(
         seed=seed,
         with_floor=config.real_floor,
     )
-    yield Under("checks", 1, 2)
+    yield Progress("scores", 1, 1)
+    yield Progress("checks", 0, 1)
     result["conditional_accuracy"] = accuracy_of(subject.images, real.images, found, seed)
     result["memorisation"] = memorisation_of(sets, found, seed)
     result["notes"] = list(notes(subject, real, extractor, len(fake.pool)))
     result["machine"] = machine(device)
-    yield Under("checks", 2, 2)
-    yield result
+    yield Progress("checks", 1, 1)
+    return result
 
 
 def all_extracted(
     sets: Mapping[str, ImageSet | None], extractor: Extractor, ranks: Ranks
-) -> Generator[Under, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
+) -> Generator[Progress, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
     """Return the features and rows of each set that there is."""
     found: dict[str, tuple[FeatureSet, np.ndarray]] = {}
     for name, images in sets.items():
@@ -137,17 +131,16 @@ def all_extracted(
 
 def extracted(
     name: str, images: ImageSet, extractor: Extractor, ranks: Ranks
-) -> Generator[Under, None, tuple[FeatureSet, np.ndarray]]:
+) -> Generator[Progress, None, tuple[FeatureSet, np.ndarray]]:
     """Return the features of a set, and which of its images they are of."""
-    share = -(-len(images) // ranks.num_ranks)
-    yield Under(name, 0, share)
-    progress = collect(images.batches(ranks.rank, ranks.num_ranks), len(images), extractor)
-    while True:
-        try:
-            yield Under(name, next(progress), share)
-        except StopIteration as end:
-            features, rows = end.value
-            return features, rows.cpu().numpy()
+    features, rows = yield from collect(
+        images.batches(ranks.rank, ranks.num_ranks),
+        len(images),
+        extractor,
+        stage=name,
+        num_ranks=ranks.num_ranks,
+    )
+    return features, rows.cpu().numpy()
 
 
 def open_extractor(config: ImageConfig, device: torch.device) -> Extractor:

@@ -31,6 +31,7 @@ from remixdit.evaluation.metrics import (
     real_floor,
 )
 from remixdit.evaluation.metrics.samples import draw
+from remixdit.progress import Progress
 
 __all__ = ["FeatureSet", "collect", "image_features", "reference_features", "scores"]
 
@@ -97,27 +98,36 @@ def reference_features(
 
 
 def collect(
-    batches: Iterable[ImageBatch], num_images: int, extractor: Extractor
-) -> Generator[int, None, tuple[FeatureSet, Tensor]]:
+    batches: Iterable[ImageBatch],
+    num_images: int,
+    extractor: Extractor,
+    *,
+    stage: str = "images",
+    num_ranks: int = 1,
+) -> Generator[Progress, None, tuple[FeatureSet, Tensor]]:
     """Extract this process's share of the images and gather the features of all processes.
 
     Args:
         batches: This process's; each row comes to one process.
         num_images: n of the set, over all processes.
-        extractor: Of features.
+        extractor: Sees all of them.
+        stage: Name of the progress.
+        num_ranks: Number of processes.
 
     Yields:
-        How many images this process has done.
+        The progress of this process in images.
 
     Returns:
         The features of all images that came, in order of their rows, and those rows (n,).
     """
     done, parts, rows = 0, [], [torch.empty(0, dtype=torch.int64)]
+    share = -(-num_images // num_ranks)
+    yield Progress(stage, 0, share)
     for batch in batches:
         parts.append(extractor(torch.from_numpy(batch.images)))
         rows.append(torch.from_numpy(batch.rows))
         done += len(batch.rows)
-        yield done
+        yield Progress(stage, done, share)
     mine = torch.cat(rows).to(extractor.device)
     came = torch.zeros(num_images, device=extractor.device)
     came[mine] = 1

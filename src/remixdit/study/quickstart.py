@@ -120,7 +120,7 @@ def prepare_digits(config: QuickstartConfig) -> Iterator[Progress]:
     for part, indices in parts.items():
         digits = source.subset(indices, f"mnist5k-{part}")
         for progress in encode(digits, data_dir(config, part), EncodeConfig(image_size=IMAGE_SIZE)):
-            yield Progress("data", progress.images_done, progress.num_images)
+            yield Progress("data", progress.done, progress.total)
 
 
 def data_dir(config: QuickstartConfig, part: str) -> Path:

@@ -26,7 +26,6 @@ import torch
 
 from remixdit import distributed
 from remixdit.data import Batch, EncodeConfig, Loader, ShardDataset, check_batch_size, prepare
-from remixdit.data import Progress as Encoded
 from remixdit.data.autoencoder import load_autoencoder
 from remixdit.distributed.ranks import Ranks
 from remixdit.first.optim import MixtureAdamW
@@ -34,6 +33,8 @@ from remixdit.first.sharding import shared_out
 from remixdit.first.stacking import ExpertStack, stacks
 from remixdit.model.loading import newest_checkpoint
 from remixdit.model.model import RemixDiT
+from remixdit.progress import Progress as Encoded
+from remixdit.progress import finish
 from remixdit.sampling.sampler import SamplingConfig, sample
 from remixdit.training import checkpoint
 from remixdit.training.config import MAY_CHANGE, PRECISIONS, TrainConfig
@@ -261,9 +262,17 @@ def open_dataset(config: TrainConfig, ranks: Ranks, report: Report | None) -> Sh
     encode = EncodeConfig(image_size=size, seed=config.seed, strict=config.strict)
     cache = config.output_dir / DATA_DIR
     if ranks.is_first:
-        tell_of_skipped(config, prepare(config.data, cache, encode, report=report))
+        for progress in encoded(config, encode):
+            if report is not None:
+                report(progress)
     distributed.barrier()
-    return prepare(config.data, cache, encode)
+    return finish(prepare(config.data, cache, encode))
+
+
+def encoded(config: TrainConfig, encode: EncodeConfig) -> Iterator[Encoded]:
+    """Encode the data where that has not been done, and tell of images that were left out."""
+    dataset = yield from prepare(config.data, config.output_dir / DATA_DIR, encode)
+    tell_of_skipped(config, dataset)
 
 
 def tell_of_skipped(config: TrainConfig, dataset: ShardDataset) -> None:
