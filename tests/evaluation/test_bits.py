@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from remixdit.diffusion.intervals import Intervals
 from remixdit.evaluation.bits import bound_strata, no_bound, prior_bits, variational_bound
-from remixdit.evaluation.losses import Held
+from remixdit.evaluation.held_out import HeldOut
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 from tests.tiny import tiny_config, tiny_dit
@@ -26,12 +26,12 @@ def tiny_model(num_experts: int = 3, **changes: object) -> RemixDiT:
     return model
 
 
-def held(count: int = 8) -> Held:
+def held(count: int = 8) -> HeldOut:
     levels = torch.randint(256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(1))
-    return Held(levels / 127.5 - 1, torch.arange(count) % 3)
+    return HeldOut(levels / 127.5 - 1, torch.arange(count) % 3)
 
 
-def terms(model: RemixDiT, images: Held, timestep: int, noise: Tensor) -> Tensor:
+def terms(model: RemixDiT, images: HeldOut, timestep: int, noise: Tensor) -> Tensor:
     """One term of the bound by torch.distributions, (n,) bits a dimension, in float64."""
     betas = model.process.betas
     signal = torch.cumprod(1 - betas, 0)

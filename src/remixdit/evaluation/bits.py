@@ -16,7 +16,8 @@ from torch import Tensor
 
 from remixdit.diffusion.intervals import Intervals
 from remixdit.diffusion.noise import Diffusion
-from remixdit.evaluation.losses import Held, Points, drawn_points, measure_owners
+from remixdit.evaluation.held_out import HeldOut
+from remixdit.evaluation.losses import Points, drawn_points, measure_owners
 from remixdit.model.model import RemixDiT
 from remixdit.seeds import generator_for
 
@@ -33,7 +34,7 @@ def no_bound(model: RemixDiT) -> str:
 
 
 def variational_bound(
-    model: RemixDiT, held: Held, *, seed: int = 0, batch_size: int = 128
+    model: RemixDiT, held: HeldOut, *, seed: int = 0, batch_size: int = 128
 ) -> np.ndarray:
     """Return (n,) an estimate of the bits a dimension of each image, without bias.
 
@@ -64,7 +65,7 @@ def bound_strata(*intervals: Intervals) -> Intervals:
 
 def stratum_bits(
     model: RemixDiT,
-    held: Held,
+    held: HeldOut,
     strata: Intervals,
     stratum: int,
     seed: int = 0,
@@ -86,7 +87,7 @@ def bound_term(model: RemixDiT, output: Tensor, latents: Tensor, points: Points)
 
 
 @torch.no_grad()
-def prior_bits(model: RemixDiT, held: Held) -> np.ndarray:
+def prior_bits(model: RemixDiT, held: HeldOut) -> np.ndarray:
     """Return (n,) the bits that the last noisy image still holds; the model has no part in it."""
     assert isinstance(model.process, Diffusion)
     return model.process.prior_term(held.latents).double().numpy()

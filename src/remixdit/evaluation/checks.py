@@ -6,6 +6,7 @@ does: `{"value": None, "left_out": "..."}`.
 Shapes: n images under test, R real ones, F features.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from remixdit.evaluation.image_sets import ImageSet
 from remixdit.evaluation.metrics import fit_linear_probe, memorisation, nearest_neighbours
 from remixdit.seeds import generator_for
 
-__all__ = ["conditional_accuracy", "copies", "matched_labels"]
+__all__ = ["are_numbers", "conditional_accuracy", "copies", "matched_labels"]
 
 MAX_PROBE_IMAGES = 10_000  # more add little, and L-BFGS looks at all of them in every step
 TEST_SHARE = 4  # one in four labelled real images tests the probe
@@ -32,7 +33,11 @@ def matched_labels(fake: ImageSet, real: ImageSet) -> np.ndarray | str:
         return "the images under test have no labels"
     if not real.class_names or (real.class_labels < 0).all():
         return "the images of the reference have no labels"
-    if counts(fake.class_names) or counts(real.class_names) or fake.class_names == real.class_names:
+    if (
+        are_numbers(fake.class_names)
+        or are_numbers(real.class_names)
+        or fake.class_names == real.class_names
+    ):
         top = int(fake.class_labels.max())
         if top < len(real.class_names):
             return fake.class_labels
@@ -44,7 +49,7 @@ def matched_labels(fake: ImageSet, real: ImageSet) -> np.ndarray | str:
     return numbers[fake.class_labels]
 
 
-def counts(class_names: tuple[str, ...]) -> bool:
+def are_numbers(class_names: Sequence[str]) -> bool:
     """Whether classes are only numbered."""
     return all(name == str(number) for number, name in enumerate(class_names))
 

@@ -26,7 +26,8 @@ from PIL import Image
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiTConfig
-from remixdit.evaluation.losses import held_out, interval_losses, loss_matrix
+from remixdit.evaluation.held_out import held_out
+from remixdit.evaluation.losses import interval_losses, loss_matrix
 from remixdit.figures import plots
 from remixdit.figures.grids import image_grid
 from remixdit.figures.html import Block, Commands, Heading, Picture, Table, Text, write_report
