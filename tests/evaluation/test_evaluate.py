@@ -12,6 +12,7 @@ from remixdit.data import open_source
 from remixdit.evaluation import images as image_evaluation
 from remixdit.evaluation.checks import conditional_accuracy, copies, matched_labels
 from remixdit.evaluation.features import load_extractor, write_statistics
+from remixdit.evaluation.left_out import LeftOut
 from remixdit.evaluation.metrics import gaussian, kernel_distance
 from remixdit.evaluation.scores import image_features, reference_features
 from remixdit.model.model import RemixDiT
@@ -223,8 +224,8 @@ def test_a_probe_finds_the_classes_of_images_that_show_them():
     assert right["chance"] == pytest.approx(1 / 3)
     wrong = conditional_accuracy(real, labels, real[:30], (labels[:30] + 1) % 3)
     assert wrong["value"] == 0
-    unlabelled = conditional_accuracy(real, np.full(90, -1), real, labels)
-    assert unlabelled["left_out"] == "needs at least 2 classes in the reference"
+    with pytest.raises(LeftOut, match="needs at least 2 classes in the reference"):
+        conditional_accuracy(real, np.full(90, -1), real, labels)
 
 
 def test_fresh_images_are_no_copies():
@@ -241,14 +242,18 @@ def test_labels_are_matched_by_name_or_by_number(tmp_path):
     zoo = open_images(write_folder(tmp_path / "zoo", ape=2, cat=2, dog=2))
     counted = open_images(write_npz(tmp_path / "a.npz", 6, num_classes=2))
     assert matched_labels(pets, zoo).tolist() == [1, 1, 2, 2]
-    assert matched_labels(zoo, pets) == "the reference has no class 'ape'"
+    with pytest.raises(LeftOut, match="the reference has no class 'ape'"):
+        matched_labels(zoo, pets)
     assert matched_labels(counted, pets).tolist() == [0, 1, 0, 1, 0, 1]
-    assert "label 2 is under test" in matched_labels(zoo, counted)
+    with pytest.raises(LeftOut, match="label 2 is under test"):
+        matched_labels(zoo, counted)
     (tmp_path / "loose").mkdir()
     (tmp_path / "zoo" / "ape" / "0.png").rename(tmp_path / "loose" / "0.png")
     loose = open_images(tmp_path / "loose")
-    assert matched_labels(loose, pets) == "the images under test have no labels"
-    assert matched_labels(pets, loose) == "the images of the reference have no labels"
+    with pytest.raises(LeftOut, match="the images under test have no labels"):
+        matched_labels(loose, pets)
+    with pytest.raises(LeftOut, match="the images of the reference have no labels"):
+        matched_labels(pets, loose)
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,6 +8,7 @@ Shapes: n held-out images, I intervals, N experts.
 """
 
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from remixdit import distributed
 from remixdit.diffusion.dit import DiTConfig
 from remixdit.diffusion.intervals import Intervals
 from remixdit.distributed.ranks import Ranks
-from remixdit.evaluation.bits import bound_strata, no_bound, prior_bits, stratum_bits
+from remixdit.evaluation.bits import bound_strata, prior_bits, require_bound, stratum_bits
 from remixdit.evaluation.held_out import HeldOut
+from remixdit.evaluation.left_out import LeftOut, measured
 from remixdit.evaluation.losses import losses_on
 from remixdit.evaluation.metrics import Estimate
 from remixdit.machine import machine
@@ -206,7 +208,8 @@ def planned(
     """Return what is to be measured."""
     models = {"ours": model, **({"against": rival.model} if rival else {})}
     strata = None
-    if not no_bound(model):
+    with suppress(LeftOut):  # the result says why
+        require_bound(model)
         strata = bound_strata(*(one.intervals for one in models.values()))
     count = config.matrix_images
     if count is None:
@@ -235,8 +238,8 @@ def summary(plan: Plan, tables: dict[str, np.ndarray]) -> dict[str, Any]:
             }
             for place, row in enumerate(ours)
         ],
-        "bits_per_dim": bits_of(plan, tables),
-        "matrix": matrix_of(plan, tables.get("matrix ours")),
+        "bits_per_dim": measured(lambda: bits(plan, tables)),
+        "matrix": measured(lambda: matrix(plan, tables.get("matrix ours"))),
         "machine": machine(plan.models["ours"].device),
     }
     return result
@@ -266,11 +269,10 @@ def estimate(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def bits_of(plan: Plan, tables: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the variational bound in bits a dimension, or why there is none."""
+def bits(plan: Plan, tables: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the variational bound in bits a dimension."""
     model = plan.models["ours"]
-    if plan.strata is None:
-        return {"value": None, "left_out": no_bound(model)}
+    require_bound(model)
     prior = prior_bits(model, plan.held)
     totals = {name: tables[f"bits {name}"].sum(0) + prior for name in plan.models}  # (n,) each
     return {
@@ -284,12 +286,13 @@ def bits_of(plan: Plan, tables: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def matrix_of(plan: Plan, rows: np.ndarray | None) -> dict[str, Any]:
-    """Return the loss of every expert on every interval, or why there is none."""
+def matrix(plan: Plan, rows: np.ndarray | None) -> dict[str, Any]:
+    """Return the loss of every expert on every interval."""
     experts = plan.models["ours"].num_experts
     if rows is None or plan.matrix is None:
-        reason = "one expert" if experts == 1 else f"{experts} experts: ask by --matrix-images"
-        return {"value": None, "left_out": reason}
+        raise LeftOut(
+            "one expert" if experts == 1 else f"{experts} experts: ask by --matrix-images"
+        )
     found: dict[str, Any] = {
         "value": rows.T.tolist(),  # (N, I)
         "num_images": len(plan.matrix.latents),

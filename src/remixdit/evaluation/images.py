@@ -18,6 +18,7 @@ from remixdit.distributed.ranks import Ranks
 from remixdit.evaluation.checks import conditional_accuracy, copies, matched_labels
 from remixdit.evaluation.features import Extractor, Reference, load_extractor, read_reference
 from remixdit.evaluation.image_sets import ImageSet, check_npz, npz_images, open_images
+from remixdit.evaluation.left_out import LeftOut, measured
 from remixdit.evaluation.scores import FeatureSet, collect, scores
 from remixdit.evaluation.subjects import Subject
 from remixdit.machine import machine
@@ -110,8 +111,10 @@ def evaluate_images(
     )
     yield Progress("scores", 1, 1)
     yield Progress("checks", 0, 1)
-    result["conditional_accuracy"] = accuracy_of(subject.images, real.images, found, seed)
-    result["memorisation"] = memorisation_of(sets, found, seed)
+    result["conditional_accuracy"] = measured(
+        lambda: accuracy(subject.images, real.images, found, seed)
+    )
+    result["memorisation"] = measured(lambda: memorisation(sets, found, seed))
     result["notes"] = list(notes(subject, real, extractor, len(fake.pool)))
     result["machine"] = machine(device)
     yield Progress("checks", 1, 1)
@@ -245,21 +248,21 @@ def reference_facts(
 Found = dict[str, tuple[FeatureSet, np.ndarray]]
 
 
-def accuracy_of(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> dict[str, Any]:
-    """Return the conditional accuracy, or why there is none."""
-    labels = "needs images of the reference" if real is None else matched_labels(fake, real)
-    if real is None or isinstance(labels, str):
-        return {"value": None, "left_out": labels}
+def accuracy(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> dict[str, Any]:
+    """Return the conditional accuracy."""
+    if real is None:
+        raise LeftOut("needs images of the reference")
+    labels = matched_labels(fake, real)
     (known, known_rows), (features, rows) = found["reference"], found["samples"]
     return conditional_accuracy(
         known.pool, real.class_labels[known_rows], features.pool, labels[rows], seed
     )
 
 
-def memorisation_of(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -> dict[str, Any]:
-    """Return whether samples are copies, or why that cannot be told."""
+def memorisation(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -> dict[str, Any]:
+    """Return whether samples are copies."""
     if "train" not in found:
-        return {"value": None, "left_out": "needs the training images (--train)"}
+        raise LeftOut("needs the training images (--train)")
     fake, train, held_out = (found[name][0].pool for name in ("samples", "train", "reference"))
     result = copies(fake, train, held_out, seed)
     for pair in result["closest"]:
