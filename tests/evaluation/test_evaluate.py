@@ -11,10 +11,10 @@ from remixdit.cli.main import main
 from remixdit.data import open_source
 from remixdit.evaluation import images as image_evaluation
 from remixdit.evaluation.checks import conditional_accuracy, copies, matched_labels
+from remixdit.evaluation.feature_sets import image_features, reference_features
 from remixdit.evaluation.features import load_extractor, write_statistics
 from remixdit.evaluation.left_out import LeftOut
 from remixdit.evaluation.metrics import gaussian, kernel_distance
-from remixdit.evaluation.scores import image_features, reference_features
 from remixdit.model.model import RemixDiT
 from tests.command_line import (
     json_result,

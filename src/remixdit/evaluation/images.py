@@ -16,10 +16,11 @@ import torch
 
 from remixdit.distributed.ranks import Ranks
 from remixdit.evaluation.checks import conditional_accuracy, copies, matched_labels
+from remixdit.evaluation.feature_sets import FeatureSet, collect
 from remixdit.evaluation.features import Extractor, Reference, load_extractor, read_reference
 from remixdit.evaluation.image_sets import ImageSet, check_npz, npz_images, open_images
 from remixdit.evaluation.left_out import LeftOut, measured
-from remixdit.evaluation.scores import FeatureSet, collect, scores
+from remixdit.evaluation.scores import scores
 from remixdit.evaluation.subjects import Subject
 from remixdit.machine import machine
 from remixdit.progress import Progress

@@ -10,19 +10,16 @@ real images score against others at the same number ("real"), where there are en
 Shapes: n images under test, R real ones, F features.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from remixdit import distributed
-from remixdit.data import ShardDataset, Source
-from remixdit.evaluation.features import Extractor, Reference, metric_name
-from remixdit.evaluation.image_sets import ImageBatch, ImageSet, shard_images, source_images
+from remixdit.evaluation.feature_sets import FeatureSet
+from remixdit.evaluation.features import Reference, metric_name
 from remixdit.evaluation.left_out import LeftOut, measured
 from remixdit.evaluation.metrics import (
     frechet_distance,
@@ -34,9 +31,8 @@ from remixdit.evaluation.metrics import (
     real_floor,
 )
 from remixdit.evaluation.metrics.samples import draw
-from remixdit.progress import Progress
 
-__all__ = ["FeatureSet", "collect", "image_features", "reference_features", "scores"]
+__all__ = ["scores"]
 
 NEIGHBOURS = 3  # k of precision and recall, as published
 NUM_GROUPS = 20  # of the jackknife
@@ -44,118 +40,6 @@ NUM_FLOORS = 3  # random divisions of the real images
 NUM_SPLITS = 10  # of the inception score, as published
 
 Score = dict[str, Any]
-
-
-class FeatureSet(NamedTuple):
-    """What an extractor sees in a set of images; None for what it has no output for."""
-
-    pool: Tensor
-    """(n, F) float32."""
-    logits: Tensor | None = None
-    """(n, classes), for the inception score."""
-    spatial: Tensor | None = None
-    """(n, positions * channels), for the spatial distance."""
-
-
-def image_features(batches: Iterable[np.ndarray], extractor: Extractor) -> FeatureSet:
-    """Return the features of batches (B, H, W, C) of uint8 images, in their order."""
-    parts = [extractor(torch.from_numpy(images)) for images in batches]
-    if not parts:
-        raise ValueError("images must be at least 1, got none")
-    return FeatureSet(
-        torch.cat([part.pool for part in parts]),
-        joined([part.logits for part in parts]),
-        joined([part.spatial for part in parts]),
-    )
-
-
-def joined(parts: list[Tensor | None]) -> Tensor | None:
-    """Return one tensor of the parts of an output, None where the extractor does not have it."""
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None
-
-
-def reference_features(
-    dataset: ShardDataset | Source | ImageSet,
-    extractor: Extractor,
-    num_images: int = 0,
-    *,
-    image_size: int | None = None,
-    seed: int = 0,
-) -> FeatureSet:
-    """Return the features of real images.
-
-    Args:
-        dataset: Shards, of which latents are decoded, or a collection.
-        extractor: Of features.
-        num_images: How many are drawn by `seed`; 0 for all.
-        image_size: Images of a collection are scaled and cut to it, as `encode` does.
-        seed: Of the draw.
-    """
-    if isinstance(dataset, ShardDataset):
-        dataset = shard_images(dataset, image_size, device=extractor.device)
-    elif isinstance(dataset, Source):
-        dataset = source_images(dataset, image_size)
-    drawn = dataset.drawn(num_images, seed)
-    return image_features((batch.images for batch in drawn.batches()), extractor)
-
-
-def collect(
-    batches: Iterable[ImageBatch],
-    num_images: int,
-    extractor: Extractor,
-    *,
-    stage: str = "images",
-    num_ranks: int = 1,
-) -> Generator[Progress, None, tuple[FeatureSet, Tensor]]:
-    """Extract this process's share of the images and gather the features of all processes.
-
-    Args:
-        batches: This process's; each row comes to one process.
-        num_images: n of the set, over all processes.
-        extractor: Sees all of them.
-        stage: Name of the progress.
-        num_ranks: Number of processes.
-
-    Yields:
-        The progress of this process in images.
-
-    Returns:
-        The features of all images that came, in order of their rows, and those rows (n,).
-    """
-    done, parts, rows = 0, [], [torch.empty(0, dtype=torch.int64)]
-    share = -(-num_images // num_ranks)
-    yield Progress(stage, 0, share)
-    for batch in batches:
-        parts.append(extractor(torch.from_numpy(batch.images)))
-        rows.append(torch.from_numpy(batch.rows))
-        done += len(batch.rows)
-        yield Progress(stage, done, share)
-    mine = torch.cat(rows).to(extractor.device)
-    came = torch.zeros(num_images, device=extractor.device)
-    came[mine] = 1
-    distributed.all_reduce([came])
-    kept = came.nonzero()[:, 0]
-    one = extractor(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))  # which outputs there are
-    outputs = [
-        None
-        if shape is None
-        else gathered(shape.new_zeros(num_images, shape.shape[1]), mine, joined(list(column)))[kept]
-        for shape, *column in zip(one, *parts, strict=True)
-    ]
-    assert outputs[0] is not None
-    return FeatureSet(outputs[0], *outputs[1:]), kept
-
-
-def gathered(zeros: Tensor, rows: Tensor, mine: Tensor | None) -> Tensor:
-    """Return what all processes have for their rows.
-
-    Each row is zero on all processes but one, so that the sum is a gather, to the bit.
-    """
-    if mine is not None:
-        zeros[rows] = mine
-    distributed.all_reduce([zeros])
-    return zeros
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from remixdit.data import ShardDataset
 from remixdit.data.autoencoder import load_autoencoder
 from remixdit.diffusion.costs import training_flops
 from remixdit.diffusion.intervals import Intervals
+from remixdit.evaluation.feature_sets import FeatureSet, image_features, reference_features
 from remixdit.evaluation.features import load_extractor, metric_name
 from remixdit.evaluation.held_out import held_out
 from remixdit.evaluation.image_sets import open_images
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
-from remixdit.evaluation.scores import FeatureSet, image_features, reference_features
 from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
 from remixdit.first.optim import OptimizerConfig
