@@ -11,7 +11,8 @@ from PIL import Image
 
 from remixdit.data.autoencoder import Pixels, load_autoencoder
 from remixdit.data.shards import LABELS_FILE, ShardDataset
-from remixdit.data.writing import PARTS_DIR, file_digest
+from remixdit.data.writing import PARTS_DIR
+from remixdit.files import file_digest
 from remixdit.progress import Progress
 
 __all__ = ["Report", "check"]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from remixdit.diffusion.dit import DiT
-from remixdit.interchange import files
+from remixdit.files import new_directory, refuse_occupied
 from remixdit.interchange.layout import official_state
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
@@ -66,7 +66,7 @@ class ExportConfig:
 
 def run_export(config: ExportConfig) -> None:
     """Export a model; the output directory is written whole or not at all."""
-    files.refuse_occupied(config.output)
+    refuse_occupied(config.output)
     model = load_model(config.checkpoint, ema=config.ema)
     if config.format == "experts":
         export_experts(model, config.output)
@@ -88,7 +88,7 @@ def export_dit(model: RemixDiT, directory: str | Path, expert: int | None = None
         The file. `import_checkpoint` reads it back.
     """
     index = chosen_expert(model, expert)
-    with files.new_directory(Path(directory)) as beside:
+    with new_directory(Path(directory)) as beside:
         write_dit(model, index, beside / "dit.safetensors")
     return Path(directory) / "dit.safetensors"
 
@@ -116,7 +116,7 @@ def export_experts(model: RemixDiT, directory: str | Path) -> None:
         "network": settings["network"],
         **{name: settings[name] for name in fields},
     }
-    with files.new_directory(Path(directory)) as beside:
+    with new_directory(Path(directory)) as beside:
         for number, name in enumerate(names):
             write_dit(model, number, beside / f"{name}.safetensors")
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
@@ -146,7 +146,7 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
     plain = model.expert(index)
     converted = remixdit_transformer.RemixExpertTransformer(**diffusers_config(plain))
     converted.load_state_dict(diffusers_state(plain))
-    with files.new_directory(Path(directory)) as beside:
+    with new_directory(Path(directory)) as beside:
         converted.save_pretrained(beside)
         source = Path(remixdit_transformer.__file__)
         shutil.copyfile(source, beside / source.name)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from remixdit.interchange.files import new_directory, read_tensors, refuse_occupied
+from remixdit.files import new_directory, refuse_occupied
+from remixdit.interchange.files import read_tensors
 from remixdit.interchange.layout import (
     LOGITS,
     check_shapes,

@@ -22,6 +22,7 @@ from remixdit.evaluation.features.inception import (
     load_inception,
     resize_like_tensorflow,
 )
+from remixdit.files import file_digest
 
 DEFAULT_DINOV2 = "facebook/dinov2-large"  # ViT-L/14, the usual choice for this metric
 
@@ -115,7 +116,7 @@ def _load_lite0(weights: str | Path | None, device: torch.device) -> Extractor:
         return Features(pool, logits=network._fc(pool))
 
     rule = "bilinear, antialiased, to the nearest multiple of 32 pixels from 96 to 224"
-    return Extractor("lite0", 1280, rule, _file_digest(path), device, forward)
+    return Extractor("lite0", 1280, rule, file_digest(path), device, forward)
 
 
 def _lite0_side(side: int) -> int:
@@ -131,7 +132,7 @@ def _load_inception(weights: str | Path | None, device: torch.device) -> Extract
             f"{Path(INCEPTION_URL).name}, or 'download', got None"
         )
     path = _download_inception() if str(weights) == "download" else Path(weights)
-    digest = _file_digest(path)
+    digest = file_digest(path)
     network = load_inception(path).to(device)
 
     def forward(pixels: Tensor) -> Features:
@@ -192,11 +193,6 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images must be uint8, got {images.dtype}")
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(f"images must have the shape (B, H, W, 1 or 3), got {tuple(images.shape)}")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensor_digest(weights: Mapping[str, Tensor]) -> str:
