@@ -29,7 +29,7 @@ def parse(
         default: Instead of the defaults of `kind`.
 
     Raises:
-        ValueError: a word is not understood, missing, or names a value out of range.
+        ValueError: A word is not understood, missing, or names a value out of range.
         SystemExit: help was asked for, and has been printed.
     """
     printed = io.StringIO()

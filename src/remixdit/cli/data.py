@@ -15,12 +15,12 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckArguments:
-    """Verify shards: counts, checksums, labels, statistics; show a contact sheet."""
+    """Verify shards: files, checksums, labels and the statistics of the latents."""
 
     directory: Positional[Path]
-    """Of shards."""
+    """Directory of shards that `remixdit encode` wrote."""
     output: Path | None = None
-    """Write the contact sheet here, a .png."""
+    """File for a contact sheet of up to 64 images, a .png."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -16,16 +16,16 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeArguments(EncodeConfig):
-    """Turn images into shards of latents or pixels; the same command again goes on."""
+    """Turn images into shards of latents or pixels. The same command again continues the work."""
 
     source: Positional[str]
-    """A folder of class folders, Parquet, npz, tar, mnist5k, or a data set of the hub."""
+    """A folder of class folders, Parquet, npz, tar, mnist5k, or a data set on the Hub."""
     output: Path
-    """The directory of shards."""
+    """Directory for the shards."""
     split: str | None = None
-    """Which part of the source, such as train."""
+    """Name of the split to encode, e.g. train."""
     device: str = "auto"
-    """auto, cpu or cuda: where the autoencoder runs; in bfloat16 on a GPU."""
+    """Device of the autoencoder: auto, cpu or cuda. auto is the GPU if there is one."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def run(args: Sequence[str]) -> None:
     try:
         total, skipped = follow(work, {"encode": "images"})
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+        raise KeyboardInterrupt("interrupted; the same command continues") from None
     finally:
         distributed.stop()
     if skipped:

@@ -29,15 +29,15 @@ MOVED = ("--per-interval", "--against", "--num-intervals", "--matrix-images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawOptions(SamplingConfig):
-    """How a model draws its images. Images on disk are drawn already and take none of these."""
+class SamplingOptions(SamplingConfig):
+    """How a model is sampled. Images on disk are samples already and take none of these options."""
 
     num_images: Suppress[Fixed[int]] = NUM_SAMPLES  # the command's own, as the seed
     seed: Suppress[Fixed[int]] = 0
     class_labels: str = ""  # type: ignore[assignment]  # names need the model
-    """Numbers or names with commas between; samples cycle through them. By default all classes."""
+    """Comma-separated labels or class names; images cycle through them. By default all classes."""
     ema: bool = True
-    """Take the averaged weights of a run that has not finished."""
+    """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
     precision: str = "fp32"
     """Precision of the network: fp32 or bf16. Features are always fp32."""
 
@@ -49,28 +49,27 @@ class DrawOptions(SamplingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(ImageConfig):
-    """Score what a model draws, or images on disk, against real images."""
+    """Score the samples of a model, or images on disk, against real images."""
 
     checkpoint: Positional[str] = ""
-    """A model, a run or a checkpoint of one; or images: an .npz, a folder, shards."""
+    """A model, a run or a checkpoint of a run; or images: an .npz, a folder or shards."""
     self_test: bool = False
-    """Run every metric where its value is known, and nothing else."""
+    """Test every metric on inputs for which its value is known, and do nothing else."""
     num_images: int = 0
-    """Number of images. By default 10,000 samples of a model, or all images on disk."""
+    """Number of images to score; 0 for 10,000 samples of a model, or all images on disk."""
     seed: int = 0
-    """Seed for samples, for which images are drawn, and for the metrics."""
+    """Seed for the samples, for the choice of images, and for the metrics."""
     image_size: int | None = None
-    """Side to which images on disk are scaled and cut, in pixels. By default they must be square
-    and of one size."""
+    """Size of images on disk after scaling and cropping, in pixels. By default their own size."""
     output: Path | None = None
-    """A .json for the result, or a directory for evaluation.json."""
+    """File for the result, a .json, or a directory for evaluation.json."""
     overwrite: bool = False
-    """Replace the file of an earlier result."""
+    """Replace an earlier result."""
     json: bool = False
-    """Print the result as JSON."""
+    """Print the whole result as JSON."""
     device: str = "auto"
-    """auto, cpu or cuda."""
-    draw: DrawOptions = DrawOptions()
+    """Device: auto, cpu or cuda. auto is the GPU if there is one."""
+    sampling: SamplingOptions = SamplingOptions()
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -112,7 +111,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
     if is_model and arguments.image_size is not None:
         raise ValueError(f"image_size must be left out for a model, got {arguments.image_size}")
     if not is_model:
-        refuse_changed(arguments.draw, DrawOptions(), "images on disk")
+        refuse_changed(arguments.sampling, SamplingOptions(), "images on disk")
     output = output_file(arguments.output)
     claim([output] if output else [], arguments.overwrite)
     device = distributed.pick_device(arguments.device)
@@ -141,13 +140,13 @@ def refuse_changed(options: Any, unchanged: Any, what: str) -> None:
 
 def of_model(arguments: EvaluateArguments, device: torch.device) -> dict[str, Any]:
     """Score what a model draws; empty on all processes but the first."""
-    ema, precision = arguments.draw.ema, arguments.draw.precision
+    ema, precision = arguments.sampling.ema, arguments.sampling.precision
     model = open_model(arguments.checkpoint, ema=ema, precision=precision, device=device)
     sampling = replace(
-        base_config(arguments.draw, SamplingConfig),
+        base_config(arguments.sampling, SamplingConfig),
         num_images=arguments.num_images or NUM_SAMPLES,
         seed=arguments.seed,
-        class_labels=label_numbers(arguments.draw.class_labels, model.config.class_names),
+        class_labels=label_numbers(arguments.sampling.class_labels, model.config.class_names),
     )
     facts = {"precision": precision, "ema": ema}
     subject = model_subject(arguments.checkpoint, model, sampling, facts)

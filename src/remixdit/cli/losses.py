@@ -28,28 +28,28 @@ INTERVAL_FILE = "held-out-loss-by-interval.png"  # loss-by-interval.png is that 
 
 @dataclass(frozen=True, kw_only=True)
 class LossesArguments(LossesConfig):
-    """Measure the losses of experts by interval on held-out images, the matrix and the bits."""
+    """Measure experts against intervals on held-out images: losses, matrix, bits a dimension."""
 
     checkpoint: Positional[str]
-    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+    """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
     data: str
-    """Images that the model was not trained on: shards, or, for a model of pixels, any source."""
+    """Held-out images: shards that fit the model, or any source for a model of pixels."""
     split: str | None = None
-    """Part of the data, such as test."""
+    """Name of the split of the data, e.g. test."""
     num_images: int = 0
-    """Number of held-out images, drawn by seed. By default all, up to 1,000."""
+    """Number of held-out images, chosen by the seed; 0 for all of them, up to 1,000."""
     against: str | None = None
-    """Another model, measured on the same images, timesteps and noise."""
+    """A second model to compare with, measured on the same images, timesteps and noise."""
     output: Path | None = None
-    """A .json for the result, a .png for the matrix, or a directory for the result and figures."""
+    """A .json for the result, a .png for the matrix, or a directory for all results and figures."""
     overwrite: bool = False
-    """Replace the files of an earlier result."""
+    """Replace an earlier result."""
     json: bool = False
-    """Print the result as JSON."""
+    """Print the whole result as JSON."""
     ema: bool = True
-    """Take the averaged weights of a run that has not finished."""
+    """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu or cuda. auto is the GPU if there is one."""
     precision: str = "fp32"
     """Precision of the network: fp32 or bf16."""
 

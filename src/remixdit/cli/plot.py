@@ -14,12 +14,12 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlotArguments:
-    """Draw the losses, the coefficients and their gradients of a training run."""
+    """Plot the loss, the coefficients and the gradients of the logits of a training run."""
 
     run: Positional[Path]
     """Directory of a run, finished or not."""
     output: Path | None = None
-    """Directory of the figures, by default RUN/plots. Earlier figures are replaced."""
+    """Directory for the figures, by default RUN/plots. Earlier figures are replaced."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ class Bar:
     """How far something has come; use in a `with`.
 
     Args:
-        name: Of what is being done.
+        name: Name of the work.
         total: Steps or images in all.
         unit: What is counted in the speed shown; none shows no speed.
         scale: Units for one of `total`.

@@ -1,4 +1,4 @@
-"""Is a directory of shards whole, and does it hold what one thinks it does?"""
+"""Verification of a directory of shards: its files, labels, statistics and pictures."""
 
 import math
 from collections.abc import Generator, Iterator
@@ -24,18 +24,18 @@ STD_RANGE = (0.5, 2.0)  # a noise schedule is made for latents of standard devia
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `check` found."""
+    """Findings of `check`."""
 
     dataset: ShardDataset
     problems: tuple[str, ...]
-    """What is wrong, one sentence each; empty when all is well."""
+    """Problems, one sentence each; empty if the directory is whole."""
     remarks: tuple[str, ...] = ()
-    """What may be meant so, but should be known."""
+    """Observations that may be intended, one sentence each."""
     class_counts: np.ndarray
-    """(num_classes + 1,) images of each class, and last those without a label."""
+    """(num_classes + 1,) number of images of each class, and last of those without a label."""
     latent_mean: float = math.nan
     latent_std: float = math.nan
-    """Of latents as a network sees them, over up to 1,024 images."""
+    """Standard deviation of latents as a network sees them, over up to 1,024 images."""
     contact_sheet: Image.Image | None = None
     """Up to 64 images, spread over the set, decoded; None if the autoencoder cannot be loaded."""
 

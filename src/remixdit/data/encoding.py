@@ -35,30 +35,30 @@ MAX_SHARD_SIZE = 4096  # images: what a kill may lose
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """How images become latents."""
+    """How images are encoded."""
 
     image_size: int
-    """Side of the square pictures, in pixels."""
+    """Height and width of the square pictures, in pixels."""
     autoencoder: str = "none"
-    """An AutoencoderKL on the Hugging Face hub or in a local directory; none keeps pixels."""
+    """An AutoencoderKL on the Hugging Face Hub or in a local directory; none keeps pixels."""
     channels: int | None = None
-    """3 for colour, 1 for grey; by default 1 if the images are grey, else 3."""
+    """Number of channels: 3 or 1. By default 1 if the images are grey, else 3."""
     crop: Literal["center", "random"] = "center"
-    """center, or random: a square of at least 0.8 of the shorter side, drawn from (seed, image)."""
+    """Crop: center, or a random square of at least 0.8 of the shorter side, by seed and image."""
     mirror: bool = False
-    """Encode each image mirrored as well. Pixels need no mirrored copy."""
+    """Encode a mirrored copy of each image too. Pixels need none: training mirrors them itself."""
     strict: bool = False
-    """Stop at the first image that cannot be read, instead of skipping and recording it."""
+    """Stop at the first unreadable image instead of skipping and recording it."""
     batch_size: int = 32
-    """Images encoded at once."""
+    """Number of images encoded at once."""
     shard_size: int | None = None
-    """Images a shard; by default such that a shard takes about 64 MiB."""
+    """Number of images per shard. By default a shard takes about 64 MiB."""
     seed: int = 0
-    """Of the random crop."""
+    """Seed for the random crops."""
     device: str = "auto"
-    """auto, cpu or cuda: where the autoencoder runs; auto is the GPU, if there is one."""
+    """Device of the autoencoder: auto, cpu or cuda. auto is the GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the autoencoder; auto is bf16 on a GPU and fp32 on the CPU."""
+    """Precision of the autoencoder; auto is bf16 on a GPU and fp32 on the CPU."""
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 8), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
@@ -81,7 +81,7 @@ class Share(NamedTuple):
     """The images that one process was to encode."""
 
     num_images: int
-    """Number of images, those that were encoded earlier among them."""
+    """Number of images, including those encoded earlier."""
     images_skipped: int = 0
     """Number of images that cannot be read."""
 
@@ -103,13 +103,13 @@ def encode(
         What this rank's share was; all images where the index was there already.
 
     Raises:
-        ValueError: the directory holds another encoding, an image cannot be read (when strict),
+        ValueError: The directory holds another encoding, an image cannot be read (when strict),
             the autoencoder does not fit, or the directory cannot be written.
     """
     autoencoder = load_autoencoder(config.autoencoder)
     settings = _settings(source, config, autoencoder)
     directory = EncodedDir(Path(output_dir), settings)
-    with _told_of_disk_errors(directory.directory):
+    with _explain_disk_errors(directory.directory):
         if not directory.start():
             yield Progress("encode", len(source), len(source))
             return Share(len(source))
@@ -125,7 +125,7 @@ def encode(
 
 
 @contextmanager
-def _told_of_disk_errors(directory: Path) -> Iterator[None]:
+def _explain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

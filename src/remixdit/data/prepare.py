@@ -1,4 +1,4 @@
-"""What training calls: whatever the user named => shards, encoded once and kept."""
+"""Data as the user names them => shards, encoded once and kept."""
 
 import shutil
 from collections.abc import Generator, Iterator

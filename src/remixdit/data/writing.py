@@ -24,11 +24,11 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass
 class ShardRecord:
-    """What the index needs to know of one shard."""
+    """Facts about one shard for the index."""
 
     num_images: int = 0
     digests: dict[str, str] = field(default_factory=dict)
-    """Name of each file => its sha256."""
+    """File name => SHA-256 of the file."""
     class_labels: list[int] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
 

@@ -41,8 +41,8 @@ def variational_bound(
     Args:
         model: In pixels, of a discrete process; a fixed variance is the forward process's own.
         held: n images, pixels in [-1, 1] of 256 levels.
-        seed: Of the timesteps and the noise; the same for two models pairs them where they have
-            the same strata.
+        seed: Seed for timesteps and noise; the same seed pairs two models where they have the
+            same strata.
         batch_size: Number of images in one forward pass; does not change the result.
 
     Raises:

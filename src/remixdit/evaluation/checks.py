@@ -76,8 +76,8 @@ def conditional_accuracy(
         real_labels: (R,) integers, -1 for none.
         fake: (n, F) features.
         fake_labels: (n,) integers, likewise.
-        seed: Of the division of the real images into those that fit the probe and those that
-            test it: what it says of real images is what a perfect generator would get.
+        seed: Seed for dividing the real images into those that fit the probe and those that test
+            it. Its accuracy on the latter is what a perfect generator would get.
 
     Raises:
         LeftOut: Too few images have labels that both sets know.
@@ -139,7 +139,7 @@ def copies(fake: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> dict
         fake: (n, F) features of the images under test.
         train: (R, F) features of the images that the model was trained on.
         held_out: (R', F) features of images of the same kind that it was not trained on.
-        seed: Of the thinning to equal sizes.
+        seed: Seed for thinning the sets to equal sizes.
     """
     found = memorisation(fake, train, held_out, seed=seed)
     distances, nearest = nearest_neighbours(fake, train)

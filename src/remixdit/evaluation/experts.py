@@ -43,15 +43,13 @@ class LossesConfig:
     """How experts are measured on intervals."""
 
     num_intervals: int = 0
-    """Number of equal intervals; 0 for the experts' own. A plain DiT has the strata of its
-    training, or 10."""
+    """Number of equal intervals; 0 for the experts' own (a plain DiT: training strata, or 10)."""
     matrix_images: int | None = None
-    """Number of images that every expert sees on every interval. By default 250, or none for more
-    than 100 experts."""
+    """Number of images of the matrix. By default 250, or none for more than 100 experts."""
     seed: int = 0
-    """Seed for timesteps and noise, and for which images are drawn."""
+    """Seed for timesteps and noise, and for the choice of images."""
     batch_size: int = 64
-    """Number of images in one forward pass; does not change the result."""
+    """Number of images in one forward pass. It does not change the result."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -81,11 +79,11 @@ def evaluate_intervals(
 
     Args:
         model: On its device, in its precision.
-        held: n images.
+        held: Held-out images, n of them.
         config: How to measure.
         rival: Another model of the same latents and prediction.
         strata: Intervals for a plain DiT, see `stated_strata`.
-        ranks: Which of the processes this one is.
+        ranks: The place of this process among all.
 
     Returns:
         The result as JSON values, the same on all processes.
@@ -157,13 +155,13 @@ class Plan:
     """Everything that is measured: tables of a row an interval."""
 
     models: dict[str, RemixDiT]
-    """The one under test as "ours", and "against"."""
+    """The model under test as "ours", and the other one as "against"."""
     held: HeldOut
     intervals: Intervals
     strata: Intervals | None
-    """Of the bound, if there is one."""
+    """Strata of the bound, if the model has one."""
     matrix: HeldOut | None
-    """What every expert sees, if asked for."""
+    """Images that every expert is measured on, if a matrix was asked for."""
     config: LossesConfig
 
     def empty_tables(self) -> dict[str, np.ndarray]:

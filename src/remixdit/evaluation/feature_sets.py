@@ -23,14 +23,14 @@ __all__ = ["FeatureSet", "collect", "image_features", "reference_features"]
 
 
 class FeatureSet(NamedTuple):
-    """What an extractor sees in a set of images; None for what it has no output for."""
+    """Features of a set of images; None for an output that the extractor does not have."""
 
     pool: Tensor
-    """(n, F) float32."""
+    """Pooled features, (n, F) float32."""
     logits: Tensor | None = None
-    """(n, classes), for the inception score."""
+    """Logits of the classes, (n, classes), for the inception score."""
     spatial: Tensor | None = None
-    """(n, positions * channels), for the spatial distance."""
+    """Features of all positions, (n, positions * channels), for the spatial distance."""
 
 
 def image_features(batches: Iterable[np.ndarray], extractor: Extractor) -> FeatureSet:
@@ -66,7 +66,7 @@ def reference_features(
         extractor: Sees the images.
         num_images: Number of images, drawn by `seed`; 0 for all.
         image_size: Images of a collection are scaled and cut to it, as `encode` does.
-        seed: Seed for the draw.
+        seed: Seed for the choice of images.
     """
     if isinstance(dataset, ShardDataset):
         dataset = shard_images(dataset, image_size, device=extractor.device)

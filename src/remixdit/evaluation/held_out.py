@@ -24,12 +24,12 @@ NUM_IMAGES = 1000
 
 
 class HeldOut(NamedTuple):
-    """Images to measure on."""
+    """Held-out images to measure a model on."""
 
     latents: Tensor
-    """(n, C, H, W) float32."""
+    """Latents, (n, C, H, W) float32."""
     class_labels: Tensor
-    """(n,) int64."""
+    """Labels as the model numbers them, (n,) int64."""
 
 
 def held_out(dataset: ShardDataset, num_images: int, seed: int = 0) -> HeldOut:
@@ -51,10 +51,10 @@ def open_held_out(
 
     Args:
         path: Shards that fit the model, or, for a model of pixels, any collection of images.
-        config: That of the model.
-        num_images: How many are drawn by `seed`; 0 for all, up to 1,000.
-        split: Which part of a collection.
-        seed: Seed for the draw, and for the posterior of latents.
+        config: Configuration of the model.
+        num_images: Number of images, chosen by `seed`; 0 for all, up to 1,000.
+        split: Name of the split of a collection.
+        seed: Seed for the choice of images, and for the posterior of latents.
 
     Raises:
         ValueError: The images are of other latents or classes than the model's, or too few.
@@ -135,8 +135,8 @@ def model_labels(
     Args:
         class_labels: (n,) int64 in [-1, len(names)), -1 for none.
         names: One for each class of the data.
-        config: That of the model.
-        path: Where the data are, for the error.
+        config: Configuration of the model.
+        path: Path of the data, for the error.
     """
     null, ours = config.network.num_classes, config.class_names
     if not null:

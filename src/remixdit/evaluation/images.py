@@ -30,24 +30,24 @@ __all__ = ["ImageConfig", "evaluate_images"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """What images are compared with, and how."""
+    """How images are compared with real ones."""
 
     reference: str = ""
-    """Real images (shards, a folder, Parquet, npz, tar, a name), or an .npz of statistics."""
+    """Real images (shards, a folder, Parquet, npz, tar, a name), or an .npz of their statistics."""
     split: str | None = None
-    """Which part of the reference, such as test."""
+    """Name of the split of the reference, e.g. test."""
     train: str | None = None
-    """What the model was trained on: tells whether samples are copies of it."""
+    """Training images of the model, to measure whether samples are copies of them."""
     train_split: str | None = None
-    """Which part of it, such as train."""
+    """Name of the split of the training images, e.g. train."""
     extractor: str = "lite0"
-    """lite0 (offline), inception (FID's own) or dinov2."""
+    """Feature extractor: lite0 (works offline), inception (that of FID) or dinov2."""
     extractor_weights: str | None = None
-    """inception: a file, or download; dinov2: a hub id or directory."""
+    """Weights: a file or `download` for inception, a Hub id or directory for dinov2."""
     reference_images: int = 50_000
-    """Real images at most, drawn by seed when there are more; 0 for all."""
+    """Maximum number of real images, chosen by the seed if there are more; 0 for all."""
     real_floor: bool = True
-    """Score real images against others too."""
+    """Score real images against other real images too, as a floor of each score."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -60,7 +60,7 @@ class ImageConfig:
 
 
 class Real(NamedTuple):
-    """What is known of real images."""
+    """Real images, their statistics, or both."""
 
     images: ImageSet | None
     statistics: Reference | None
@@ -76,11 +76,11 @@ def evaluate_images(
     """Score images against real ones.
 
     Args:
-        subject: What is under test.
-        config: What it is compared with.
-        device: Of the extractor and the metrics.
-        ranks: Which of the processes this one is.
-        seed: Of whatever the metrics draw.
+        subject: The images under test.
+        config: How they are compared with real ones.
+        device: Device of the extractor and the metrics.
+        ranks: The place of this process among all.
+        seed: Seed for all random choices of the metrics.
 
     Returns:
         The result as JSON values, complete on the first process and empty on others.

@@ -35,12 +35,12 @@ def interval_losses(
 
     Args:
         model: Its weights, as they are.
-        held: n images.
+        held: Held-out images, n of them.
         intervals: I of them; the model's own, or others for a plain DiT.
         experts: The experts to measure on every interval; by default each image is measured
             with the owner of its timestep alone.
-        seed: Of the timesteps and the noise; the same for two models pairs them.
-        batch_size: Images at a time; does not change the result.
+        seed: Seed for timesteps and noise; the same seed pairs two models.
+        batch_size: Number of images in one forward pass; does not change the result.
 
     Returns:
         (E, I, n) float64 mean squared errors of the prediction, E = 1 by default.
@@ -72,12 +72,12 @@ def losses_on(
 
 
 class Points(NamedTuple):
-    """Where on the path from data to noise each image is looked at."""
+    """Timestep and noise at which each image is measured."""
 
     timesteps: Tensor
-    """(n,)."""
+    """Timesteps, (n,)."""
     noise: Tensor
-    """(n, C, H, W)."""
+    """Noise, (n, C, H, W)."""
 
     def rows(self, rows: Tensor) -> "Points":
         """Return those of some images."""
@@ -130,6 +130,9 @@ def measure(
 
 
 def loss_matrix(model: RemixDiT, held: HeldOut, *, seed: int = 0) -> np.ndarray:
-    """Return the (N, N) mean loss of every expert on every interval (figure 4c of 2412.05628)."""
+    """Return the (N, N) mean loss of every expert on every interval.
+
+    It is figure 4c of arXiv:2412.05628.
+    """
     experts = range(model.num_experts)
     return interval_losses(model, held, model.intervals, experts=experts, seed=seed).mean(-1)

@@ -47,9 +47,9 @@ class Pair:
     """Two sets of images under comparison."""
 
     real: FeatureSet | None
-    """R real images; None where only their statistics are known."""
+    """Features of R real images; None if only their statistics are known."""
     fake: FeatureSet
-    """n images under test."""
+    """Features of n images under test."""
     statistics: Reference | None
     extractor_name: str
     seed: int
@@ -88,8 +88,8 @@ def scores(
     """Return every score by its name, with "value" None and "left_out" where it cannot be had.
 
     Args:
-        real: R real images; None where only their statistics are known.
-        fake: n images under test.
+        real: Features of R real images; None if only their statistics are known.
+        fake: Features of n images under test.
         extractor_name: `Extractor.name` of both.
         statistics: Mean and covariance of more real images; the Fréchet distances are to them.
         seed: Seed for groups of the jackknife, subsets of equal size and divisions of `real`.

@@ -84,7 +84,7 @@ class Picture:
     picture: Figure | Image.Image
     caption: str
     alt: str
-    """What the picture shows, for those who do not see it."""
+    """Description of the picture for those who cannot see it."""
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,15 @@ class ExportConfig:
     """A model to export."""
 
     checkpoint: str
-    """A model directory, a run, a checkpoint of one, or a model of the Hugging Face hub."""
+    """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
     output: Path
-    """The directory to write: new, or empty."""
+    """Directory for the exported files; must be new or empty."""
     format: str = "dit"
-    """dit: one expert under the published names; experts: all; diffusers: one, for diffusers."""
+    """dit: one expert, published names; experts: all of them; diffusers: one, for diffusers."""
     expert: int | None = None
-    """Which expert, in 0..N-1; not needed for N = 1 and for the format experts."""
+    """Index of the expert, in 0..N-1. Not needed for N = 1 and for the format experts."""
     ema: bool = True
-    """Take the averaged weights of a training checkpoint, not the last ones."""
+    """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be exported."""
@@ -132,7 +132,7 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
     another way than any DiT is trained with, so its output is only near.
 
     Args:
-        model: With classes and an `mlp_ratio` of 4: diffusers has no other DiT.
+        model: A model with classes and an `mlp_ratio` of 4: diffusers has no other DiT.
         directory: New or empty.
         expert: In [0, N); not needed for N = 1.
     """

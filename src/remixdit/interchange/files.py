@@ -20,13 +20,13 @@ def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[
 
     Args:
         path: The file.
-        ema: Of a training checkpoint, take the averaged weights where it has any.
+        ema: Take the averaged weights of a training checkpoint where it has any.
 
     Returns:
         The tensors on the CPU, as they were saved, and the metadata of a `.safetensors` file.
 
     Raises:
-        ValueError: the file is not there, holds something else, or reading it would run code.
+        ValueError: The file is not there, holds something else, or reading it would run code.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint must be a file, got {path}")

@@ -28,7 +28,7 @@ DEFAULT_DINOV2 = "facebook/dinov2-large"  # ViT-L/14, the usual choice for this 
 
 
 class Features(NamedTuple):
-    """What an extractor sees in a batch of images; None for what it has no output for."""
+    """Features of a batch of images; None for an output that the extractor does not have."""
 
     pool: Tensor  # (B, F) float32
     logits: Tensor | None = None  # (B, classes), for the inception score
@@ -40,7 +40,7 @@ class Extractor:
     """A network in evaluation mode, in float32, and the facts that identify it."""
 
     name: str
-    """Goes into the name of every score, see `metric_name`."""
+    """Name of the extractor, a part of every score's name (see `metric_name`)."""
     num_features: int
     """F, the width of `Features.pool`."""
     resize: str
@@ -48,7 +48,7 @@ class Extractor:
     digest: str
     """SHA-256 of the weights."""
     device: torch.device
-    """Where it runs; images may come from anywhere."""
+    """Device of the network; images may be on any device."""
     forward: Callable[[Tensor], Features]
     """Maps (B, 3, H, W) in [0, 255] to features."""
 
@@ -78,9 +78,9 @@ def load_extractor(
 
     Args:
         name: "lite0" (EfficientNet-Lite0, works offline), "inception" (FID's own) or "dinov2".
-        weights: for "inception" a .pth or .safetensors file, or "download"; for "dinov2" a hub id
+        weights: For "inception" a .pth or .safetensors file, or "download"; for "dinov2" a hub id
             or a directory; for "lite0" a file in place of the installed one.
-        device: where to run it.
+        device: Device to run it on.
     """
     if name not in _LOADERS:
         raise ValueError(f"extractor must be one of {', '.join(sorted(_LOADERS))}, got {name}")
@@ -91,7 +91,7 @@ def metric_name(metric: str, extractor_name: str) -> str:
     """Return what a score may be called: plain, as "FID", only with FID's own Inception.
 
     Args:
-        metric: such as "FID", "sFID", "KID", "IS", "precision".
+        metric: A name, e.g. "FID", "sFID", "KID", "IS" or "precision".
         extractor_name: `Extractor.name`; any but "inception" is appended.
     """
     return metric if extractor_name == "inception" else f"{metric}-{extractor_name}"
