@@ -1,12 +1,16 @@
 """What the tests of the command line share: small pictures on disk, and short commands."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from remixdit.cli.main import main
+from remixdit.model.model import RemixDiT
+from tests.tiny import perturb, tiny_dit
 
 SIDE = 16
 
@@ -46,6 +50,27 @@ def refusal(line: str, capsys: pytest.CaptureFixture[str], code: int = 2) -> str
     assert printed.err.startswith("remixdit: error: ")
     assert printed.err.count("\n") == 1
     return printed.err.removeprefix("remixdit: error: ").rstrip("\n")
+
+
+def json_result(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Run a command with --json; return what it printed, which must be strict JSON."""
+    capsys.readouterr()
+    remixdit(f"{line} --json")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
+def save_model(directory: Path, seed: int, num_experts: int = 5, **options: object) -> Path:
+    """Write a model of pixels that is trained on nothing, with experts that differ."""
+    network = tiny_dit(seed, input_size=SIDE, patch_size=4, in_channels=3)
+    model = RemixDiT.from_dit(network, min(2, num_experts), num_experts, **options)
+    if num_experts > 1:
+        perturb(model.experts, 0.3, seed)
+    model.save_pretrained(directory)
+    return directory
 
 
 def files_below(directory: Path) -> set[str]:

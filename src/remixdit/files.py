@@ -1,16 +1,115 @@
-"""Files and directories that are whole or not there."""
+"""Files and directories that are whole or not there.
 
-from collections.abc import Callable
+What is written lies beside its place until it is whole and on the disk; then it is renamed. A
+process that is killed leaves at most such a `.partial`, which the next one replaces or removes.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["write_file"]
+__all__ = [
+    "PARTIAL_SUFFIX",
+    "file_digest",
+    "new_directory",
+    "partial_path",
+    "put_in_place",
+    "refuse_occupied",
+    "whole_file",
+    "write_file",
+]
+
+PARTIAL_SUFFIX = ".partial"
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file beside its place, then rename it."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
+def write_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
+    """Let `write` make a file beside its place, then rename it.
+
+    Args:
+        path: The file; what was there is replaced.
+        write: Called with the path to write to.
+        shared: Several processes may write the file, each one the same content.
+    """
+    with whole_file(path, shared=shared) as beside:
         write(beside)
-        beside.replace(path)
+
+
+@contextmanager
+def whole_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a path to write to that takes its place at the end, or vanishes on an error."""
+    beside = partial_path(path, shared=shared)
+    try:
+        yield beside
+        put_in_place(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def partial_path(path: Path, *, shared: bool = False) -> Path:
+    """Return where a file is written; if it is shared, each process has a place of its own."""
+    name = f"{path.name}.{os.getpid()}" if shared else f".{path.name}"
+    return path.with_name(f"{name}{PARTIAL_SUFFIX}")
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Rename a file that is whole, after it is on the disk: a crash must not leave it empty."""
+    sync(beside)
+    # Opened before the rename: once the file is there, another process may remove the directory.
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        beside.replace(path)
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Give a directory to write to that takes its place at the end, or vanishes on an error."""
+    refuse_occupied(directory)
+    directory = directory.resolve()
+    exists = directory.exists()
+    # An empty directory may be a mount point, which nothing can be renamed to.
+    beside = directory / PARTIAL_SUFFIX if exists else partial_path(directory)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        for path in [*beside.rglob("*"), beside]:
+            sync(path)
+        if exists:
+            for path in beside.iterdir():
+                path.rename(directory / path.name)
+        else:
+            beside.rename(directory)
+        sync(directory if exists else directory.parent)
+    except OSError as error:
+        raise ValueError(
+            f"output must be a directory that can be written, got {directory}: {error.strerror}"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_occupied(directory: Path) -> None:
+    """Refuse to write where anything is: it could be a model that took days to train."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"output must be a new or an empty directory, got {directory}")
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

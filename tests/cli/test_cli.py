@@ -56,7 +56,8 @@ def drawn(path: Path) -> tuple[np.ndarray, list[int]]:
 
 def test_help_and_version_do_not_wait_for_torch():
     code = (
-        "import sys; from remixdit.cli import main; main(['--help']); print('torch' in sys.modules)"
+        "import sys; from remixdit.cli.main import main; main(['--help']); "
+        "print('torch' in sys.modules)"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -9,7 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from remixdit.data import EncodeConfig, ShardDataset, check, encode, open_source
+from remixdit.data import EncodeConfig, Report, ShardDataset, encode, open_source
+from remixdit.data.check import check as checking
+from remixdit.progress import finish
+
+
+def check(directory: Path) -> Report:
+    return finish(checking(directory))
 
 
 def make(directory: Path, **settings) -> Path:
@@ -33,11 +39,10 @@ def change_index(directory: Path, **changes) -> None:
 
 
 def test_a_whole_directory_has_no_problems(shards):
-    seen = []
-    report = check(shards, on_file=lambda done, total: seen.append((done, total)))
+    report = check(shards)
     assert (report.problems, report.remarks) == ((), ())
     assert report.class_counts.tolist() == [10, 10, 10, 0]
-    assert seen == [(number, 5) for number in range(1, 6)]
+    assert list(checking(shards)) == [("check", number, 5, "") for number in range(1, 6)]
 
 
 def test_the_contact_sheet_shows_the_images(shards):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remixdit.data import EncodeConfig, ShardDataset, encode, open_source, prepare
+from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
+from remixdit.data.prepare import prepare as preparation
+from remixdit.progress import finish
 
 
 def make_folder(root: Path, num_images: int = 5, side: int = 16) -> Path:
@@ -21,9 +23,12 @@ def make_folder(root: Path, num_images: int = 5, side: int = 16) -> Path:
 
 
 def run(source: Path, output: Path, **settings) -> ShardDataset:
-    for _ in encode(open_source(source), output, EncodeConfig(**{"image_size": 16, **settings})):
-        pass
+    finish(encode(open_source(source), output, EncodeConfig(**{"image_size": 16, **settings})))
     return ShardDataset(output)
+
+
+def prepare(source: Path, cache: Path, config: EncodeConfig) -> ShardDataset:
+    return finish(preparation(source, cache, config))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -52,10 +57,10 @@ def test_the_directory_holds_what_it_says(tmp_path):
 def test_progress_counts_up_to_the_end(tmp_path):
     source = open_source(make_folder(tmp_path / "photos"))
     config = EncodeConfig(image_size=16, shard_size=4, batch_size=3)
-    done = [progress.images_done for progress in encode(source, tmp_path / "out", config)]
-    assert done == [3, 4, 7, 8, 10]
-    again = list(encode(source, tmp_path / "out", config))
-    assert [progress.images_done for progress in again] == [10]
+    done = [progress.done for progress in encode(source, tmp_path / "out", config)]
+    assert done == [0, 3, 4, 7, 8, 10]
+    assert list(encode(source, tmp_path / "out", config)) == [("encode", 10, 10, "")]
+    assert finish(encode(source, tmp_path / "out", config)) == (10, 0)
 
 
 def test_processes_that_share_the_work_write_the_same_bytes(tmp_path):
@@ -73,13 +78,21 @@ def test_an_abandoned_encoding_continues(tmp_path):
     config = EncodeConfig(image_size=16, shard_size=2, batch_size=1)
     list(encode(source, tmp_path / "unbroken", config))
     progress = encode(source, tmp_path / "broken", config)
-    for _ in range(5):
+    for _ in range(6):
         next(progress)
     progress.close()
     kept = sorted(path.name for path in (tmp_path / "broken").glob("*.npy"))
     assert kept == ["latents-00000.npy", "latents-00001.npy"]
     list(encode(source, tmp_path / "broken", config))
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
+def test_shards_that_are_there_count_before_the_first_batch(tmp_path):
+    source = open_source(make_folder(tmp_path / "photos"))
+    config = EncodeConfig(image_size=16, shard_size=2)
+    list(encode(source, tmp_path / "out", config, rank=1, num_ranks=2))
+    done = [progress.done for progress in encode(source, tmp_path / "out", config)]
+    assert done == [4, 6, 8, 10]
 
 
 def test_unlabelled_images_carry_the_null_label(tmp_path):
@@ -108,9 +121,10 @@ def test_a_coloured_image_among_grey_ones_is_not_silently_greyed(tmp_path):
 def test_training_encodes_a_source_once(tmp_path):
     root = make_folder(tmp_path / "photos")
     config = EncodeConfig(image_size=16)
-    reports = []
-    first = prepare(root, tmp_path / "cache", config, report=reports.append)
-    assert reports[-1].images_done == len(first) == 10
+    *_, last = preparation(root, tmp_path / "cache", config)
+    assert last == ("encode", 10, 10, "")
+    first = prepare(root, tmp_path / "cache", config)
+    assert len(first) == 10
     assert prepare(root, tmp_path / "cache", config).digest == first.digest
     assert prepare(tmp_path / "cache", tmp_path / "unused", config).digest == first.digest
     assert not (tmp_path / "unused").exists()
@@ -148,7 +162,8 @@ def test_a_foreign_directory_is_refused(tmp_path):
 def test_an_unfinished_encoding_of_something_else_is_left_alone(tmp_path):
     source = open_source(make_folder(tmp_path / "photos"))
     progress = encode(source, tmp_path / "out", EncodeConfig(image_size=16, shard_size=2))
-    next(progress)
+    for _ in range(2):
+        next(progress)
     progress.close()
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match="another encoding: its image_size is 16, not 32"):

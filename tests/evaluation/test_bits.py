@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from remixdit.diffusion.intervals import Intervals
-from remixdit.evaluation.bits import bound_strata, no_bound, prior_bits, variational_bound
-from remixdit.evaluation.losses import Held
+from remixdit.evaluation.bits import bound_strata, prior_bits, require_bound, variational_bound
+from remixdit.evaluation.held_out import HeldOut
+from remixdit.evaluation.left_out import LeftOut
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 from tests.tiny import perturb, tiny_config, tiny_dit
@@ -26,12 +27,12 @@ def tiny_model(num_experts: int = 3, **changes: object) -> RemixDiT:
     return model
 
 
-def held(count: int = 8) -> Held:
+def held(count: int = 8) -> HeldOut:
     levels = torch.randint(256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(1))
-    return Held(levels / 127.5 - 1, torch.arange(count) % 3)
+    return HeldOut(levels / 127.5 - 1, torch.arange(count) % 3)
 
 
-def terms(model: RemixDiT, images: Held, timestep: int, noise: Tensor) -> Tensor:
+def terms(model: RemixDiT, images: HeldOut, timestep: int, noise: Tensor) -> Tensor:
     """One term of the bound by torch.distributions, (n,) bits a dimension, in float64."""
     betas = model.process.betas
     signal = torch.cumprod(1 - betas, 0)
@@ -116,7 +117,7 @@ def test_the_bound_does_not_depend_on_the_batch():
     np.testing.assert_allclose(variational_bound(model, images), one, rtol=1e-4)
 
 
-def test_what_has_no_bound_is_refused():
+def test_a_model_without_a_bound_says_why():
     flow = RemixDiT(
         RemixConfig(
             network=tiny_config(learn_sigma=False),
@@ -125,8 +126,8 @@ def test_what_has_no_bound_is_refused():
             prediction_type="flow_prediction",
         )
     )
-    assert "flow_prediction has no variational bound" in no_bound(flow)
-    latent = tiny_model(autoencoder={"name": "some/vae"})
-    assert "latents of an autoencoder" in no_bound(latent)
-    with pytest.raises(ValueError, match="model must have a variational bound"):
+    with pytest.raises(LeftOut, match="flow_prediction has no variational bound"):
         variational_bound(flow, held())
+    latent = tiny_model(autoencoder={"name": "some/vae"})
+    with pytest.raises(LeftOut, match="latents of an autoencoder"):
+        require_bound(latent)

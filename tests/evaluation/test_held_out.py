@@ -1,165 +1,92 @@
-"""Losses on images that a run has not seen, measured and drawn."""
+"""Held-out images as a model sees them."""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
-from remixdit.data import ShardDataset
-from remixdit.evaluation.held_out import (
-    expert_losses,
-    held_out_figures,
-    held_out_images,
-    relabelled,
-)
-from remixdit.evaluation.losses import Held, interval_losses, loss_matrix
+from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
+from remixdit.evaluation.held_out import held_out, model_labels, open_held_out
 from remixdit.model.config import RemixConfig
-from remixdit.model.loading import load_model
-from tests.command_line import files_below, refusal, remixdit, write_folder, write_npz
-from tests.tiny import tiny_config, tiny_model
+from remixdit.progress import finish
+from tests.command_line import write_folder
+from tests.tiny import tiny_config
 
-TRAINING = {"coefficients.png", "gradients.png", "loss.png", "loss-by-interval.png"}
-MEASURED = {"held-out-loss-by-interval.png", "loss-matrix.png"}
 CLASSES = RemixConfig(network=tiny_config(), class_names=("cat", "dog", "elk"))
+NUMBERS = RemixConfig(network=tiny_config(), class_names=("0", "1", "2"))
+NAMELESS = RemixConfig(network=tiny_config())
+PIXELS = RemixConfig(
+    network=tiny_config(input_size=16, in_channels=3), class_names=("cat", "dog", "elk")
+)
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """Photos, some held out, and a run on the rest."""
-    root = tmp_path_factory.mktemp("held-out")
-    data = write_folder(root / "photos", cat=8, dog=8, elk=8)
-    write_folder(root / "others", cat=4, elk=5)
-    remixdit(f"train tiny --data {data} --output-dir {root}/run")
-    return root
+@pytest.fixture
+def photos(tmp_path):
+    """Cats and elks, as a folder and as shards."""
+    folder = write_folder(tmp_path / "photos", cat=4, elk=5)
+    finish(encode(open_source(folder), tmp_path / "shards", EncodeConfig(image_size=16)))
+    return folder
 
 
-def test_rows_are_those_of_the_loss_matrix():
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(0)
-    held = Held(torch.randn(6, 1, 8, 8, generator=generator), torch.arange(6) % 3)
-    losses = np.array(list(expert_losses(model, held, model.intervals)))
-    assert losses.shape == (5, 5, 6)
-    assert np.array_equal(losses.mean(-1), loss_matrix(model, held))
-    owned = interval_losses(model, held, model.intervals)[0].mean(-1)
-    by_interval, matrix = (figure for _, figure in held_out_figures(losses, model.intervals))
-    np.testing.assert_allclose(by_interval.axes[0].lines[0].get_ydata(), owned)
-    excess = 100 * (losses.mean(-1) / losses.mean(-1).min(0) - 1)
-    np.testing.assert_allclose(matrix.axes[0].images[0].get_array(), excess)
+def test_shards_and_pictures_give_the_same_images(photos, tmp_path):
+    pictures, facts = open_held_out(str(photos), PIXELS, 6)
+    shards, facts_of_shards = open_held_out(str(tmp_path / "shards"), PIXELS, 6)
+    assert torch.equal(pictures.latents, shards.latents)
+    assert torch.equal(pictures.class_labels, shards.class_labels)
+    assert facts == {**facts_of_shards, "path": str(photos)}
 
 
-@pytest.mark.parametrize("encoded", [False, True], ids=["folder", "shards"])
-def test_plot_adds_losses_on_held_out_images(encoded, given, tmp_path):
-    data = given / "others"
-    if encoded:
-        remixdit(f"encode {data} --output {tmp_path}/shards --image-size 16")
-        data = tmp_path / "shards"
-    remixdit(f"plot {given}/run --output {tmp_path}/plots --held-out {data}")
-    assert files_below(tmp_path / "plots") == TRAINING | MEASURED
-    with Image.open(tmp_path / "plots" / "loss-matrix.png") as picture:
-        assert min(picture.size) > 300
-
-
-def test_held_out_images_are_spread_over_the_classes(given):
-    model = load_model(given / "run")
-    held = held_out_images(str(given / "others"), model.config, 3)
-    assert held.class_labels.tolist() == [0, 2, 2]  # cat and elk of cat, dog and elk
-    with Image.open(given / "others" / "cat" / "0.png") as picture:
+def test_held_out_images_are_pixels_from_minus_1_to_1(photos):
+    held, _ = open_held_out(str(photos), PIXELS)
+    assert held.class_labels.tolist() == [0] * 4 + [2] * 5  # cat and elk of cat, dog and elk
+    with Image.open(photos / "cat" / "0.png") as picture:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(held.latents[0], pixels)
-    assert len(held_out_images(str(given / "others"), model.config, 100).latents) == 9
+
+
+def test_images_are_drawn_by_seed(photos):
+    few, again, others = (open_held_out(str(photos), PIXELS, 4, seed=seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(few.latents, again.latents)
+    assert not torch.equal(few.latents, others.latents)
+
+
+def test_a_study_measures_the_first_images(photos, tmp_path):
+    dataset = ShardDataset(tmp_path / "shards")
+    whole, _ = open_held_out(str(tmp_path / "shards"), PIXELS)
+    assert torch.equal(held_out(dataset, 3).latents, whole.latents[:3])
+    with pytest.raises(ValueError, match=r"num_images must be in 1\.\.9, got 10"):
+        held_out(dataset, 10)
 
 
 @pytest.mark.parametrize(
-    ("names", "labels", "expected"),
+    ("config", "names", "labels", "expected"),
     [
-        (("cat", "dog", "elk"), [0, 1, 2, 3], [0, 1, 2, 3]),
-        (("elk", "cat"), [0, 1, 2], [2, 0, 3]),
-        ((), [0, 0], [3, 3]),  # not labelled
+        (CLASSES, ("cat", "dog", "elk"), [0, 1, 2, -1], [0, 1, 2, 3]),
+        (CLASSES, ("elk", "cat"), [0, 1, -1], [2, 0, 3]),
+        (CLASSES, (), [-1, -1], [3, 3]),  # not labelled
+        (CLASSES, ("0", "1", "2"), [2, 0], [2, 0]),  # only numbered
+        (NUMBERS, ("cat", "dog", "elk"), [2, 0], [2, 0]),
+        (NUMBERS, ("1",), [0], [1]),
+        (NAMELESS, ("cat", "dog", "elk"), [2, -1], [2, 3]),
     ],
 )
-def test_labels_are_matched_by_name(names, labels, expected):
-    assert relabelled(torch.tensor(labels), names, CLASSES).tolist() == expected
+def test_labels_are_matched_by_name_or_by_number(config, names, labels, expected):
+    assert model_labels(torch.tensor(labels), names, config, "here").tolist() == expected
 
 
 def test_a_model_without_classes_takes_any_labels():
     config = RemixConfig(network=tiny_config(num_classes=0))
-    assert relabelled(torch.tensor([0, 1]), ("cat", "dog"), config).tolist() == [0, 0]
-
-
-def test_a_plain_run_is_measured_on_its_strata(tmp_path):
-    data = write_npz(tmp_path / "pictures.npz")
-    options = "--num-bases 1 --num-experts 1 --timestep-strata 4"
-    remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --steps 1 {options}")
-    remixdit(f"plot {tmp_path}/run --held-out {data}")
-    expected = {"loss.png", "loss-by-interval.png", "held-out-loss-by-interval.png"}
-    assert files_below(tmp_path / "run" / "plots") == expected
-
-
-def test_a_run_of_continuous_time_is_measured(tmp_path):
-    data = write_npz(tmp_path / "pictures.npz")
-    options = "--prediction-type flow_prediction --logit-normal"
-    remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --steps 1 {options}")
-    remixdit(f"plot {tmp_path}/run --held-out {data} --held-out-images 4")
-    assert files_below(tmp_path / "run" / "plots") == TRAINING | MEASURED
+    assert model_labels(torch.tensor([0, 1]), ("cat", "dog"), config, "here").tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("config", "names", "message"),
     [
-        ("--held-out {}/nowhere", "no such file or folder, nor owner/name on the hub"),
-        ("--held-out {}/cows", "held_out must hold classes of the run, got 'cow'"),
-        ("--held-out {}/small", "must be (3, 16, 16) for this model, got (3, 8, 8)"),
-        ("--held-out {}/others --held-out-images 1", "held_out_images must be at least 2, got 1"),
-        ("--held-out {}/others --device tpu", "device must be auto, cpu or cuda, got 'tpu'"),
+        (CLASSES, ("cat", "cow"), "data must hold classes of the model, got 'cow' in here"),
+        (CLASSES, ("0", "1"), "data must be of the model's 3 classes, got 2 in here"),
+        (NAMELESS, ("cat",), "data must be of the model's 3 classes, got 1 in here"),
     ],
 )
-def test_held_out_images_that_do_not_fit_are_refused(options, sentence, given, tmp_path, capsys):
-    if not (given / "cows").exists():
-        write_folder(given / "cows", cat=2, cow=2)
-        remixdit(f"encode {given}/others --output {given}/small --image-size 8")
-    line = f"plot {given}/run --output {tmp_path}/plots {options.format(given)}"
-    assert refusal(line, capsys).endswith(sentence)
-    assert files_below(tmp_path) == set()
-
-
-def test_a_run_without_weights_has_no_loss_to_measure(given, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    message = refusal(f"plot {tmp_path}/run --held-out {given}/others", capsys)
-    assert message.startswith("checkpoint must be a model directory or a run with one")
-    assert files_below(tmp_path / "run") == {"metrics.jsonl"}
-
-
-def test_latents_are_measured_and_pixels_refused_for_a_model_of_them(given, tmp_path, capsys):
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2,
-        latent_channels=2,
-    )
-    network.save_pretrained(tmp_path / "kl")
-    options = f"--image-size 16 --autoencoder {tmp_path}/kl"
-    for name in ("photos", "others"):
-        remixdit(f"encode {given}/{name} --output {tmp_path}/{name} {options}")
-    run = tmp_path / "run"
-    remixdit(f"train tiny --data {tmp_path}/photos --output-dir {run} --steps 1 --patch-size 2")
-    remixdit(f"plot {run} --held-out {tmp_path}/others")
-    assert files_below(run / "plots") >= MEASURED
-    message = refusal(f"plot {run} --held-out {given}/others", capsys)
-    assert message.startswith(
-        f"held_out must be shards that `remixdit encode` wrote with {tmp_path}/kl"
-    )
-    network.register_to_config(scaling_factor=0.5)
-    network.save_pretrained(tmp_path / "kl")
-    remixdit(f"encode {given}/others --output {tmp_path}/scaled {options}")
-    assert ShardDataset(tmp_path / "scaled").autoencoder["scaling_factor"] == 0.5
-    for line in (
-        f"plot {run} --held-out {tmp_path}/scaled",
-        f"train tiny --data {tmp_path}/scaled --from {run} --output-dir {tmp_path}/new",
-        f"sample {run} --num-images 1 --num-inference-steps 1 --output {tmp_path}/new.png",
-    ):
-        assert "scaling_factor of " in refusal(line, capsys)
-    assert not list(tmp_path.glob("new*"))
+def test_classes_of_another_model_are_refused(config, names, message):
+    with pytest.raises(ValueError, match=message):
+        model_labels(torch.tensor([0]), names, config, "here")

@@ -5,16 +5,17 @@ import pytest
 import torch
 
 from remixdit.diffusion.intervals import Intervals, float32_at_least, float32_below
-from remixdit.evaluation.losses import Held, interval_losses, loss_matrix
+from remixdit.evaluation.held_out import HeldOut
+from remixdit.evaluation.losses import interval_losses, loss_matrix
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 from tests.tiny import tiny_config, tiny_dit, tiny_model
 
 
 @pytest.fixture
-def held() -> Held:
+def held() -> HeldOut:
     generator = torch.Generator().manual_seed(0)
-    return Held(torch.randn(12, 1, 8, 8, generator=generator), torch.arange(12) % 3)
+    return HeldOut(torch.randn(12, 1, 8, 8, generator=generator), torch.arange(12) % 3)
 
 
 def test_the_diagonal_of_the_matrix_is_each_owner_on_its_own_interval(held):

@@ -165,7 +165,7 @@ def test_a_bad_file_is_skipped_with_its_reason_or_refused(tmp_path, name):
     noise(20, 20).save(root / "good.png")
     config = EncodeConfig(image_size=16, channels=3)
     progress = list(encode(open_source(root), tmp_path / "out", config))[-1]
-    assert (progress.images_done, progress.images_skipped) == (2, 1)
+    assert progress == ("encode", 2, 2, "1 skipped")
     dataset = ShardDataset(tmp_path / "out")
     assert len(dataset) == 1
     (skipped,) = dataset.index["skipped"]

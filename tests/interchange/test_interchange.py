@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from remixdit.diffusion.dit import DiT
+from remixdit.files import new_directory
 from remixdit.interchange import (
     ExportConfig,
     ImportConfig,
@@ -20,7 +21,6 @@ from remixdit.interchange import (
     run_export,
     run_import,
 )
-from remixdit.interchange.files import new_directory
 from remixdit.interchange.layout import num_heads_of
 from remixdit.model.model import RemixDiT
 from tests.tiny import batch, perturb, tiny_dit

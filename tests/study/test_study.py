@@ -10,10 +10,17 @@ import pytest
 from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
+from remixdit.model.loading import load_model
 from remixdit.study.report import paired, result_table, those_of
 from remixdit.study.study import Cell, StudyConfig, cells_of, common_run, study
-from remixdit.study.variants import STUDIES, VARIANTS, chosen_variants, run_config, variant
-from remixdit.training.config import MixtureConfig
+from remixdit.study.variants import (
+    STUDIES,
+    VARIANTS,
+    chosen_variants,
+    independent_runs,
+    run_config,
+    variant,
+)
 from tests.command_line import refusal, remixdit
 
 
@@ -179,15 +186,22 @@ def test_every_variant_of_every_study_is_a_run(name, given, tmp_path):
         assert run.strata_per_step <= 32
 
 
-def test_experts_that_share_nothing_mix_every_parameter(given, tmp_path):
-    from remixdit.model.loading import load_model
-
-    config = config_for(given, tmp_path)
-    common = common_run(config, Cell("independent", 0), load_model(config.init_from))
-    mixture = run_config(variant("independent"), common).mixture
-    assert mixture == MixtureConfig(
-        num_bases=8, num_experts=8, experts_per_step=1, mixed="all", coefficients="one_hot"
-    )
+@pytest.mark.parametrize(
+    ("name", "steps", "batch_size", "policy"),
+    [("independent", 2, 32, "uniform"), ("independent-shared", 16, 4, "log_snr")],
+)
+def test_independent_experts_are_plain_trainings_of_equal_cost(
+    name, steps, batch_size, policy, given, tmp_path
+):
+    config = config_for(given, tmp_path, steps=16)
+    common = common_run(config, Cell(name, 0), load_model(config.init_from))
+    runs = independent_runs(variant(name), run_config(variant(name), common))
+    assert len(runs) == 8
+    assert {(run.steps, run.batch_size) for run in runs} == {(steps, batch_size)}
+    assert {run.interval_policy for run in runs} == {policy}
+    assert [run.objective.interval for run in runs] == [f"{n}/8" for n in range(8)]
+    assert len({run.output_dir for run in runs}) == 8
+    assert {run.mixture.num_bases for run in runs} == {1}
 
 
 @pytest.mark.parametrize(

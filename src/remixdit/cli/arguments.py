@@ -4,14 +4,14 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import tyro
 
-__all__ = ["base_config", "parse"]
+__all__ = ["base_config", "parse", "refuse_moved"]
 
 Config = TypeVar("Config")
 
@@ -29,7 +29,7 @@ def parse(
         default: Instead of the defaults of `kind`.
 
     Raises:
-        ValueError: a word is not understood, missing, or names a value out of range.
+        ValueError: A word is not understood, missing, or names a value out of range.
         SystemExit: help was asked for, and has been printed.
     """
     printed = io.StringIO()
@@ -52,6 +52,14 @@ def parse(
 def base_config(arguments: object, kind: type[Config]) -> Config:
     """Return the library's part of the arguments of a command, which inherits from it."""
     return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def refuse_moved(args: Sequence[str], flags: Iterable[str], command: str) -> None:
+    """Name the command that flags have moved to, where one of them is among the words."""
+    for word in args:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag in flags:
+            raise ValueError(f"{flag} has moved to another command: remixdit {command}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse
-from remixdit.cli.terminal import Bar, say
+from remixdit.cli.terminal import follow, say
 from remixdit.data.check import check
 
 __all__ = ["run"]
@@ -15,12 +15,12 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckArguments:
-    """Verify shards: counts, checksums, labels, statistics; show a contact sheet."""
+    """Verify shards: files, checksums, labels and the statistics of the latents."""
 
     directory: Positional[Path]
-    """Of shards."""
+    """Directory of shards that `remixdit encode` wrote."""
     output: Path | None = None
-    """Write the contact sheet here, a .png."""
+    """File for a contact sheet of up to 64 images, a .png."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -35,8 +35,7 @@ def run(args: Sequence[str]) -> None:
     output: Path | None = arguments.output
     if output is not None and (output.suffix != ".png" or not output.parent.is_dir()):
         raise ValueError(f"output must be a .png in a directory that exists, got {output}")
-    with Bar("check", 0, "files") as bar:
-        report = check(arguments.directory, lambda done, total: bar.update(done, total=total))
+    report = follow(check(arguments.directory), {"check": "files"})
     print("\n".join(report.summary()))
     if output is not None and report.contact_sheet is not None:
         report.contact_sheet.save(output)

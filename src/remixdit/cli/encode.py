@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.terminal import Bar, say
+from remixdit.cli.terminal import follow, say
 from remixdit.data import EncodeConfig, check_apart, encode, open_source
 
 __all__ = ["run"]
@@ -16,16 +16,16 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeArguments(EncodeConfig):
-    """Turn images into shards of latents or pixels; the same command again goes on."""
+    """Turn images into shards of latents or pixels. The same command again continues the work."""
 
     source: Positional[str]
-    """A folder of class folders, Parquet, npz, tar, mnist5k, or a data set of the hub."""
+    """A folder of class folders, Parquet, npz, tar, mnist5k, or a data set on the Hub."""
     output: Path
-    """The directory of shards."""
+    """Directory for the shards."""
     split: str | None = None
-    """Which part of the source, such as train."""
+    """Name of the split to encode, e.g. train."""
     device: str = "auto"
-    """auto, cpu or cuda: where the autoencoder runs; in bfloat16 on a GPU."""
+    """Device of the autoencoder: auto, cpu or cuda. auto is the GPU if there is one."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -36,19 +36,11 @@ def run(args: Sequence[str]) -> None:
     check_apart(arguments.source, arguments.output, arguments.split)
     source = open_source(arguments.source, arguments.split)
     ranks = distributed.start(device)
-    skipped = total = 0
+    work = encode(source, arguments.output, config, rank=ranks.rank, num_ranks=ranks.num_ranks)
     try:
-        with Bar("encode", len(source), "images") as bar:
-            for done, total, skipped in encode(
-                source,
-                arguments.output,
-                config,
-                rank=ranks.rank,
-                num_ranks=ranks.num_ranks,
-            ):
-                bar.update(done, f"{skipped} skipped" if skipped else "", total=total)
+        total, skipped = follow(work, {"encode": "images"})
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+        raise KeyboardInterrupt("interrupted; the same command continues") from None
     finally:
         distributed.stop()
     if skipped:

@@ -1,94 +1,86 @@
-"""`remixdit evaluate CHECKPOINT|NPZ|FOLDER`."""
+"""`remixdit evaluate CHECKPOINT|IMAGES --reference REAL`."""
 
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Fixed, Positional, Suppress
 
 from remixdit import __version__, distributed
 from remixdit.bench.latency import model_costs
-from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.evaluation_text import checks_text, images_text, intervals_text
+from remixdit.cli.arguments import base_config, parse, refuse_moved
+from remixdit.cli.checkpoints import check_precision, names_model, open_model
+from remixdit.cli.evaluation_text import checks_text, images_text
+from remixdit.cli.results import as_json, claim, write_json
 from remixdit.cli.sample import label_numbers
-from remixdit.cli.terminal import Bar, say
-from remixdit.data import is_shard_dir
-from remixdit.evaluation.experts import IntervalConfig, Rival, Under, evaluate_intervals, open_held
+from remixdit.cli.terminal import follow
 from remixdit.evaluation.images import ImageConfig, evaluate_images
-from remixdit.evaluation.images import Under as Stage
 from remixdit.evaluation.metrics import self_test
 from remixdit.evaluation.subjects import Subject, files_subject, model_subject
-from remixdit.files import write_file
-from remixdit.model.loading import load_model
-from remixdit.model.model import RemixDiT
 from remixdit.sampling.sampler import SamplingConfig
-from remixdit.training.config import PRECISIONS
 
 __all__ = ["run"]
 
 NUM_SAMPLES = 10_000
-MODEL_FILES = ("config.json", "model.safetensors", "state.json", "metrics.jsonl")
-RESULT_FILE, MATRIX_FILE, LOSS_FILE = "evaluation.json", "loss-matrix.png", "loss-by-interval.png"
-
-ALWAYS = {"num_images", "seed", "batch_size", "reference", "split"}
-OF_SAMPLES = {field.name for field in fields(SamplingConfig)} - ALWAYS
-OF_IMAGES = {field.name for field in fields(ImageConfig)} - ALWAYS
-OF_INTERVALS = {field.name for field in fields(IntervalConfig)}
+RESULT_FILE = "evaluation.json"
+MOVED = ("--per-interval", "--against", "--num-intervals", "--matrix-images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(ImageConfig, IntervalConfig, SamplingConfig):
-    """Score what a model draws, or images on disk, against real images."""
+class SamplingOptions(SamplingConfig):
+    """How a model is sampled. Images on disk are samples already and take none of these options."""
 
-    checkpoint: Positional[str] = ""
-    """A model, a run or a checkpoint of one; or images: an .npz, a folder, shards."""
-    per_interval: bool = False
-    """Measure instead every expert on every interval of timesteps, on held-out images."""
-    self_test: bool = False
-    """Run every metric where its value is known, and nothing else."""
-    num_images: int = 0
-    """By default 10,000 samples of a model, all images on disk, up to 1,000 held-out ones."""
+    num_images: Suppress[Fixed[int]] = NUM_SAMPLES  # the command's own, as the seed
+    seed: Suppress[Fixed[int]] = 0
     class_labels: str = ""  # type: ignore[assignment]  # names need the model
-    """Numbers or names with commas between; samples cycle through them. By default all classes."""
-    seed: int = 0
-    """Of samples, timesteps, noise, and which images are drawn."""
-    image_size: int | None = None
-    """Scale and cut images on disk to it; by default they must be of one size."""
-    output: Path | None = None
-    """A .json for the result, a .png for the matrix of --per-interval, a directory for both."""
-    overwrite: bool = False
-    """Replace what is there."""
-    json: bool = False
-    """Print everything as JSON."""
+    """Comma-separated labels or class names; images cycle through them. By default all classes."""
     ema: bool = True
-    """Take the averaged weights of a run that has not finished."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
     precision: str = "fp32"
-    """fp32 or bf16, of the model; features are always fp32."""
+    """Precision of the network: fp32 or bf16. Features are always fp32."""
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range, and those that the rest leaves without a meaning."""
-        ImageConfig.__post_init__(self)
-        IntervalConfig.__post_init__(self)
-        self.sampling()
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        """Refuse values outside their range."""
+        super().__post_init__()
+        check_precision(self.precision)
 
-    def sampling(self, class_labels: tuple[int, ...] = ()) -> SamplingConfig:
-        """Return how a model's images are drawn."""
-        values = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
-        count = self.num_images or NUM_SAMPLES
-        return SamplingConfig(**{**values, "num_images": count, "class_labels": class_labels})
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(ImageConfig):
+    """Score the samples of a model, or images on disk, against real images."""
+
+    checkpoint: Positional[str] = ""
+    """A model, a run or a checkpoint of a run; or images: an .npz, a folder or shards."""
+    self_test: bool = False
+    """Test every metric on inputs for which its value is known, and do nothing else."""
+    num_images: int = 0
+    """Number of images to score; 0 for 10,000 samples of a model, or all images on disk."""
+    seed: int = 0
+    """Seed for the samples, for the choice of images, and for the metrics."""
+    image_size: int | None = None
+    """Size of images on disk after scaling and cropping, in pixels. By default their own size."""
+    output: Path | None = None
+    """File for the result, a .json, or a directory for evaluation.json."""
+    overwrite: bool = False
+    """Replace an earlier result."""
+    json: bool = False
+    """Print the whole result as JSON."""
+    device: str = "auto"
+    """Device: auto, cpu or cuda. auto is the GPU if there is one."""
+    sampling: SamplingOptions = SamplingOptions()
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        super().__post_init__()
+        if self.num_images < 0:
+            raise ValueError(f"num_images must be at least 0, got {self.num_images}")
 
 
 def run(args: Sequence[str]) -> None:
     """Evaluate."""
+    refuse_moved(args, MOVED, "losses CHECKPOINT --data HELD_OUT")
     arguments = parse(EvaluateArguments, args, "evaluate")
     if arguments.self_test:
         test(arguments)
@@ -101,6 +93,8 @@ def run(args: Sequence[str]) -> None:
 
 def test(arguments: EvaluateArguments) -> None:
     """Run the metrics where their values are known."""
+    kept = EvaluateArguments(self_test=True, json=arguments.json, device=arguments.device)
+    refuse_changed(arguments, kept, "--self-test")
     checks = self_test(distributed.pick_device(arguments.device))
     rows = [{**check._asdict(), "passed": check.passed} for check in checks]
     print(as_json(rows) if arguments.json else checks_text(checks))
@@ -114,12 +108,14 @@ def evaluate(arguments: EvaluateArguments) -> None:
     if not arguments.checkpoint:
         raise ValueError("checkpoint must be given: a model, or images to score")
     is_model = names_model(arguments.checkpoint)
-    refuse_unused(arguments, is_model)
-    claim(arguments)
+    if is_model and arguments.image_size is not None:
+        raise ValueError(f"image_size must be left out for a model, got {arguments.image_size}")
+    if not is_model:
+        refuse_changed(arguments.sampling, SamplingOptions(), "images on disk")
+    output = output_file(arguments.output)
+    claim([output] if output else [], arguments.overwrite)
     device = distributed.pick_device(arguments.device)
-    if arguments.per_interval:
-        result = by_interval(arguments, device)
-    elif is_model:
+    if is_model:
         result = of_model(arguments, device)
     else:
         subject = files_subject(
@@ -128,218 +124,50 @@ def evaluate(arguments: EvaluateArguments) -> None:
         result = scored(arguments, subject, device)
     distributed.barrier()
     if result:
-        deliver(arguments, result)
+        result = {"remixdit": __version__, **result}
+        if output:
+            write_json(output, result)
+        print(as_json(result) if arguments.json else images_text(result))
 
 
-def names_model(path: str) -> bool:
-    """Whether a path, or a name of the hub, is that of a model rather than of images."""
-    found = Path(path)
-    if found.is_dir():
-        return not is_shard_dir(found) and any((found / name).is_file() for name in MODEL_FILES)
-    return is_hub_name(path)
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether something that does not exist may be a model of the hub, owner/name."""
-    found = Path(path)
-    if found.exists() or found.is_absolute() or found.suffix:
-        return False
-    return len(found.parts) == 2 and not found.parent.exists()
-
-
-def refuse_unused(arguments: EvaluateArguments, is_model: bool) -> None:
+def refuse_changed(options: Any, unchanged: Any, what: str) -> None:
     """Refuse options that would change nothing."""
-    unused: dict[str, set[str]] = {
-        "images on disk": set() if is_model else OF_SAMPLES | {"ema", "precision"},
-        "a model": {"image_size"} if is_model else set(),
-        "--per-interval": (OF_IMAGES | OF_SAMPLES) if arguments.per_interval else set(),
-        "scores of images (it belongs to --per-interval)": set()
-        if arguments.per_interval
-        else OF_INTERVALS,
-    }
-    if arguments.per_interval and not is_model:
-        raise ValueError(
-            f"checkpoint must be a model for --per-interval, got {arguments.checkpoint}"
-        )
-    default = EvaluateArguments()
-    for what, names in unused.items():
-        for name in sorted(names):
-            value = getattr(arguments, name)
-            if value != getattr(default, name):
-                raise ValueError(f"{name} must be left out for {what}, got {value!r}")
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != getattr(unchanged, field.name):
+            raise ValueError(f"{field.name} must be left out for {what}, got {value!r}")
 
 
 def of_model(arguments: EvaluateArguments, device: torch.device) -> dict[str, Any]:
-    """Score what a model draws."""
-    model = opened(arguments.checkpoint, arguments, device)
-    labels = label_numbers(arguments.class_labels, model.config.class_names)
-    sampling = arguments.sampling(labels)
-    facts = {"precision": arguments.precision, "ema": arguments.ema}
+    """Score what a model draws; empty on all processes but the first."""
+    ema, precision = arguments.sampling.ema, arguments.sampling.precision
+    model = open_model(arguments.checkpoint, ema=ema, precision=precision, device=device)
+    sampling = replace(
+        base_config(arguments.sampling, SamplingConfig),
+        num_images=arguments.num_images or NUM_SAMPLES,
+        seed=arguments.seed,
+        class_labels=label_numbers(arguments.sampling.class_labels, model.config.class_names),
+    )
+    facts = {"precision": precision, "ema": ema}
     subject = model_subject(arguments.checkpoint, model, sampling, facts)
     result = scored(arguments, subject, device)
-    return with_cost(result, arguments, model, sampling)
+    if not result:
+        return {}
+    return {**result, "cost": model_costs(arguments.checkpoint, model, sampling, ema)}
 
 
 def scored(arguments: EvaluateArguments, subject: Subject, device: torch.device) -> dict[str, Any]:
-    """Score images, with a bar for each stage; empty on all processes but the first."""
+    """Score images; empty on all processes but the first."""
     ranks = distributed.start(device)
     config = base_config(arguments, ImageConfig)
-    progress = evaluate_images(subject, config, device, ranks, arguments.seed)
-    result: dict[str, Any] = {}
-    for name, steps in groupby(progress, lambda step: getattr(step, "name", "")):
-        with Bar(name, 1, "" if name in ("scores", "checks") else "images") as bar:
-            for step in steps:
-                if isinstance(step, Stage):
-                    bar.update(step.done, total=step.total)
-                else:
-                    result = step
-    return result
+    work = evaluate_images(subject, config, device, ranks, arguments.seed)
+    return follow(work, dict.fromkeys(("reference", "train", "samples"), "images"))
 
 
-def by_interval(arguments: EvaluateArguments, device: torch.device) -> dict[str, Any]:
-    """Measure experts on intervals; empty on all processes but the first."""
-    model = opened(arguments.checkpoint, arguments, device)
-    held, reference = open_held(
-        arguments.reference, model, arguments.num_images, arguments.split, arguments.seed
-    )
-    rival = None
-    if arguments.against:
-        rival = Rival(arguments.against, opened(arguments.against, arguments, device))
-    ranks = distributed.start(device)
-    result: dict[str, Any] = {}
-    with Bar("intervals", 1) as bar:
-        for progress in evaluate_intervals(
-            model,
-            held,
-            base_config(arguments, IntervalConfig),
-            rival,
-            ranks=ranks,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-        ):
-            if isinstance(progress, Under):
-                bar.update(progress.done, total=progress.total)
-            else:
-                result = progress
-    if not ranks.is_first:
-        return {}
-    about = {
-        "evaluated": {
-            "checkpoint": arguments.checkpoint,
-            "against": arguments.against,
-            "prediction_type": model.config.prediction_type,
-            "num_experts": model.num_experts,
-            "seed": arguments.seed,
-            "precision": arguments.precision,
-            "ema": arguments.ema,
-        },
-        "reference": reference,
-    }
-    sampling = SamplingConfig(batch_size=arguments.batch_size)
-    return with_cost({**about, **result}, arguments, model, sampling)
-
-
-def opened(path: str, arguments: EvaluateArguments, device: torch.device) -> RemixDiT:
-    """Load a model, in its precision."""
-    if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
-        raise ValueError(f"{path}: no such model, nor owner/name on the hub")
-    model = load_model(path, ema=arguments.ema, device=str(device))
-    model.sample_with(PRECISIONS[arguments.precision])
-    return model
-
-
-def with_cost(
-    result: dict[str, Any],
-    arguments: EvaluateArguments,
-    model: RemixDiT,
-    sampling: SamplingConfig,
-) -> dict[str, Any]:
-    """Add what the model costs, on the process that has a result."""
-    if not result:
-        return {}
-    return {**result, "cost": model_costs(arguments.checkpoint, model, sampling, arguments.ema)}
-
-
-def outputs(arguments: EvaluateArguments) -> dict[str, Path]:
-    """Return the files to write, by what they hold."""
-    output = arguments.output
-    if output is None:
-        return {}
-    if output.suffix == ".json":
-        return {"result": output}
-    if output.suffix == ".png":
-        if not arguments.per_interval:
-            raise ValueError(
-                f"output must be a .json or a directory without --per-interval, got {output}"
-            )
-        return {"matrix": output}
+def output_file(output: Path | None) -> Path | None:
+    """Return the file to write, if one was asked for."""
+    if output is None or output.suffix == ".json":
+        return output
     if output.suffix and not output.is_dir():
-        raise ValueError(f"output must be a .json, a .png or a directory, got {output}")
-    files = {"result": output / RESULT_FILE}
-    if arguments.per_interval:
-        files |= {"matrix": output / MATRIX_FILE, "losses": output / LOSS_FILE}
-    return files
-
-
-def claim(arguments: EvaluateArguments) -> None:
-    """Make sure that results can go where they shall, before long work begins."""
-    for path in outputs(arguments).values():
-        if path.exists() and not arguments.overwrite:
-            raise ValueError(f"output must not exist (--overwrite replaces it), got {path}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"output must be in a directory, got {path.parent}") from error
-
-
-def deliver(arguments: EvaluateArguments, result: dict[str, Any]) -> None:
-    """Write what was asked for and print the result."""
-    result = {"remixdit": __version__, **result}
-    text = as_json(result)
-    for what, path in outputs(arguments).items():
-        if what == "result":
-            write_file(path, lambda beside: beside.write_text(text + "\n", "utf-8"))
-        elif not draw(what, path, result):
-            continue
-        say(f"wrote {path}")
-    show = intervals_text if arguments.per_interval else images_text
-    print(text if arguments.json else show(result))
-
-
-def draw(what: str, path: Path, result: Mapping[str, Any]) -> bool:
-    """Draw the matrix or the losses; return whether there is something to draw."""
-    from remixdit.figures import plots  # matplotlib takes a while
-
-    rows = result["intervals"]
-    boundaries = [row["from"] for row in rows] + [rows[-1]["to"]]
-    if what == "matrix":
-        matrix = result["matrix"]
-        if matrix["value"] is None:
-            say(f"no matrix: {matrix['left_out']}")
-            return False
-        plots.save(plots.loss_matrix(matrix["value"], boundaries), path)
-        return True
-    series = {result["evaluated"]["checkpoint"]: [row["value"] for row in rows]}
-    errors = {result["evaluated"]["checkpoint"]: [row["standard_error"] for row in rows]}
-    if "against" in rows[0]:
-        name = result["evaluated"]["against"]
-        series = {name: [row["against"]["value"] for row in rows], **series}
-        errors = {name: [row["against"]["standard_error"] for row in rows], **errors}
-    plots.save(plots.loss_by_interval(series, boundaries, errors), path)
-    return True
-
-
-def as_json(result: Any) -> str:
-    """Return strict JSON: a number that is none becomes null."""
-    return json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def finite(value: Any) -> Any:
-    """Return JSON values with None for numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [finite(item) for item in value]
-    return value
+        raise ValueError(f"output must be a .json or a directory, got {output}")
+    return output / RESULT_FILE

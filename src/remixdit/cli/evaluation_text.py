@@ -1,4 +1,4 @@
-"""Results of `remixdit evaluate` as tables for a person."""
+"""Results of `remixdit evaluate` and `remixdit losses` as tables for a person."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -119,14 +119,14 @@ def cost_lines(cost: Facts | None) -> Iterator[str]:
 
 def intervals_text(result: Facts) -> str:
     """Return the losses by interval, beside the other model's, and their mean."""
-    evaluated, reference = result["evaluated"], result["reference"]
+    evaluated, data = result["evaluated"], result["data"]
     rows = [(f"[{row['from']:g}, {row['to']:g})", row) for row in result["intervals"]]
     return "\n".join(
         [
             f"model        {evaluated['checkpoint']}, {evaluated['num_experts']} experts, "
             f"{evaluated['prediction_type']}, {evaluated['precision']}",
             *([f"against      {evaluated['against']}"] if evaluated["against"] else []),
-            f"images       {reference['num_images']:,} of {reference['path']}, seed "
+            f"images       {data['num_images']:,} of {data['path']}, seed "
             f"{evaluated['seed']}; ± is the 95 % interval over images",
             "",
             *(value_line(name, row) for name, row in rows),

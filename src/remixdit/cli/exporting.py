@@ -14,10 +14,10 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(ExportConfig):
-    """Write plain networks, for code that knows nothing of mixtures."""
+    """Export experts as plain networks, for code that knows nothing of mixtures."""
 
     checkpoint: Positional[str]
-    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+    """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
 
 
 def run(args: Sequence[str]) -> None:

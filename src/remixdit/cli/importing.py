@@ -15,10 +15,10 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArguments(ImportConfig):
-    """Turn a published checkpoint of DiT or Remix-DiT into a model directory."""
+    """Import a published checkpoint of DiT or Remix-DiT as a model directory."""
 
     source: Positional[Path]
-    """A .pt or .safetensors file under the published names."""
+    """A .pt or .safetensors file with the published parameter names."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -16,14 +16,14 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class InfoArguments:
-    """Say what a model is: sizes, intervals, coefficients, parameters, cost."""
+    """Show what a model is: sizes, intervals, coefficients, parameters and cost."""
 
     checkpoint: Positional[str]
-    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+    """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
     json: bool = False
-    """Print everything as JSON."""
+    """Print all facts as JSON."""
     ema: bool = True
-    """Take the averaged weights of a run that has not finished."""
+    """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -21,24 +21,24 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments(SamplingConfig):
-    """Draw images. Image i depends on (seed, i) alone."""
+    """Sample images from a model. Image i depends only on the seed and i."""
 
     checkpoint: Positional[str]
-    """A model directory, a run or a checkpoint of one, or a model of the hub."""
+    """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
     output: str
-    """out.png for a grid, out.npz for arrays, a directory for a file each."""
+    """A .png for one grid, an .npz for arrays, or a directory for one file per image."""
     overwrite: bool = False
-    """Replace what an earlier sampling wrote there."""
+    """Replace the samples of an earlier run of this command."""
     class_labels: str = ""  # type: ignore[assignment]  # names need the model
-    """Numbers or names with commas between; images cycle through them. By default all classes."""
+    """Comma-separated labels or class names; images cycle through them. By default all classes."""
     ema: bool = True
-    """Take the averaged weights of a run that has not finished."""
+    """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu or cuda. auto is the GPU if there is one."""
     precision: str = "fp32"
-    """fp32 or bf16."""
+    """Precision of the network: fp32 or bf16."""
     compile: bool = False
-    """Compile the network, once for all experts: slow to start, then faster."""
+    """Compile the network once for all experts. It starts slowly and then samples faster."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

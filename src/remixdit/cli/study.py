@@ -48,7 +48,7 @@ def run(args: Sequence[str]) -> None:
     try:
         with Bar(f"study {config.name}", 1) as bar:
             for progress in study(config):
-                bar.update(progress.done, progress.note, total=progress.cells)
+                bar.update(progress.done, progress.note, total=progress.total)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
     say(f"look at {config.output_dir / 'report.html'}")

@@ -6,15 +6,42 @@ Of several processes only the first speaks, except for errors.
 import os
 import sys
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack
+from types import MappingProxyType, TracebackType
+from typing import Self, TypeVar
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Bar", "say"]
+from remixdit.progress import Progress
+
+__all__ = ["Bar", "follow", "say"]
 
 LINE_SECONDS = 60
+
+Result = TypeVar("Result")
+NO_UNITS: Mapping[str, str] = MappingProxyType({})
+
+
+def follow(work: Generator[Progress, None, Result], units: Mapping[str, str] = NO_UNITS) -> Result:
+    """Run long work with a bar for each of its stages, and return its result.
+
+    Args:
+        work: Yields its progress.
+        units: The name of a stage => what its bar counts; other stages show no speed.
+    """
+    with ExitStack() as stack:
+        bar = None
+        while True:
+            try:
+                stage, done, total, note = next(work)
+            except StopIteration as end:
+                return end.value
+            if bar is None or bar.name != stage:
+                stack.close()  # leaves the bar of the stage before as it is
+                bar = stack.enter_context(Bar(stage, total, units.get(stage, "")))
+            bar.update(done, note, total=total)
 
 
 def say(text: str) -> None:
@@ -32,7 +59,7 @@ class Bar:
     """How far something has come; use in a `with`.
 
     Args:
-        name: Of what is being done.
+        name: Name of the work.
         total: Steps or images in all.
         unit: What is counted in the speed shown; none shows no speed.
         scale: Units for one of `total`.
@@ -40,19 +67,19 @@ class Bar:
 
     def __init__(self, name: str, total: int, unit: str = "", scale: int = 1) -> None:
         self.name, self.total, self.unit, self.scale = name, total, unit, scale
-        self.progress: Progress | None = None
+        self.progress: rich_progress.Progress | None = None
         self.started, self.first = time.monotonic(), -1
         self.said = self.started
 
     def __enter__(self) -> Self:
         """Show the bar, in a terminal."""
         if sys.stderr.isatty() and is_first():
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TimeRemainingColumn(),
+            self.progress = rich_progress.Progress(
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.BarColumn(),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TextColumn("{task.fields[facts]}"),
+                rich_progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self.progress.add_task(self.name, total=self.total, facts="")

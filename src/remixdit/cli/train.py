@@ -9,10 +9,9 @@ import tyro
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.terminal import Bar, say
-from remixdit.data import Progress as Encoded
-from remixdit.model.loading import newest_checkpoint
+from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.training.config import TrainConfig
-from remixdit.training.loop import Progress, train
+from remixdit.training.loop import train
 from remixdit.training.presets import PRESETS, preset
 
 __all__ = ["run"]
@@ -49,39 +48,28 @@ def run(args: Sequence[str]) -> None:
     default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
     config = base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
     try:
-        follow(config)
+        show(config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_resume(config)) from None
     finally:
         distributed.stop()
 
 
-def follow(config: TrainConfig) -> None:
+def show(config: TrainConfig) -> None:
     """Train, with a progress bar."""
-    loss, progress = "", None
+    progress = None
     with Bar("train", config.steps, "images", config.batch_size) as bar:
-
-        def encoding(done: Encoded) -> None:
-            bar.show(f"encoding {config.data}: {done.images_done} of {done.num_images} images")
-
-        for progress in train(config, encoding):
-            if progress.metrics is not None:
-                loss = f"loss {progress.metrics['loss']:.4f}"
-            bar.update(progress.step, loss, active(progress))
-    if progress is None:
+        for progress in train(config):
+            if progress.stage == "train":
+                bar.update(progress.done, progress.note)
+            else:
+                bar.show(f"encoding {config.data}: {progress.done} of {progress.total} images")
+    if progress is None or progress.stage != "train":
         say(f"{config.output_dir} has its {config.steps} steps already; more --steps extend it")
-
-
-def active(progress: Progress) -> str:
-    """Return which experts a step trained."""
-    experts = progress.experts
-    if len(experts) > 4:
-        return f"{len(experts)} experts"
-    return f"expert{'s' * (len(experts) > 1)} {' '.join(map(str, experts))}"
 
 
 def how_to_resume(config: TrainConfig) -> str:
     """Return where an interrupted run goes on."""
     newest = newest_checkpoint(config.output_dir)
-    step = int(newest.name.removeprefix("step-")) if newest else 0
+    step = steps_done(newest) if newest else 0
     return f"interrupted; the same command goes on from step {step}"

@@ -1,13 +1,13 @@
 """From images to shuffled batches of latents.
 
 source = open_source("photos")                          # a folder, parquet, npz, tar, a name
-for progress in encode(source, "shards", EncodeConfig(image_size=32)): ...
+finish(encode(source, "shards", EncodeConfig(image_size=32)))
 loader = Loader(ShardDataset("shards"), batch_size=64)
 for batch in loader.batches(first_step=0): ...          # batch.latents (B, C, H, W)
 """
 
 from remixdit.data.check import Report, check
-from remixdit.data.encoding import EncodeConfig, Progress, encode
+from remixdit.data.encoding import EncodeConfig, encode
 from remixdit.data.loader import Batch, Loader, check_batch_size
 from remixdit.data.prepare import prepare
 from remixdit.data.shards import ShardDataset, is_shard_dir
@@ -18,7 +18,6 @@ __all__ = [
     "Batch",
     "EncodeConfig",
     "Loader",
-    "Progress",
     "Report",
     "ShardDataset",
     "Source",

@@ -63,12 +63,12 @@ class LatentAutoencoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights: encoding and decoding run in it."""
+        """Data type of the weights, in which encoding and decoding run."""
         return next(self.network.parameters()).dtype
 
     def to(
@@ -121,7 +121,7 @@ def load_autoencoder(spec: str | Path | Spec | None) -> Autoencoder:
             `spec` of an autoencoder, whose weights and scaling must then be the same.
 
     Raises:
-        ValueError: it cannot be loaded, or is another one than the spec describes.
+        ValueError: It cannot be loaded, or is another one than the spec describes.
     """
     if spec is None or spec == "none" or (isinstance(spec, Mapping) and spec["name"] == "none"):
         return Pixels()

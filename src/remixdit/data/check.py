@@ -1,7 +1,7 @@
-"""Is a directory of shards whole, and does it hold what one thinks it does?"""
+"""Verification of a directory of shards: its files, labels, statistics and pictures."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from PIL import Image
 
 from remixdit.data.autoencoder import Pixels, load_autoencoder
 from remixdit.data.shards import LABELS_FILE, ShardDataset
-from remixdit.data.writing import PARTS_DIR, file_digest
+from remixdit.data.writing import PARTS_DIR
+from remixdit.files import file_digest
+from remixdit.progress import Progress
 
 __all__ = ["Report", "check"]
 
@@ -22,18 +24,18 @@ STD_RANGE = (0.5, 2.0)  # a noise schedule is made for latents of standard devia
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `check` found."""
+    """Findings of `check`."""
 
     dataset: ShardDataset
     problems: tuple[str, ...]
-    """What is wrong, one sentence each; empty when all is well."""
+    """Problems, one sentence each; empty if the directory is whole."""
     remarks: tuple[str, ...] = ()
-    """What may be meant so, but should be known."""
+    """Observations that may be intended, one sentence each."""
     class_counts: np.ndarray
-    """(num_classes + 1,) images of each class, and last those without a label."""
+    """(num_classes + 1,) number of images of each class, and last of those without a label."""
     latent_mean: float = math.nan
     latent_std: float = math.nan
-    """Of latents as a network sees them, over up to 1,024 images."""
+    """Standard deviation of latents as a network sees them, over up to 1,024 images."""
     contact_sheet: Image.Image | None = None
     """Up to 64 images, spread over the set, decoded; None if the autoencoder cannot be loaded."""
 
@@ -69,18 +71,20 @@ class Report:
         ]
 
 
-def check(directory: str | Path, on_file: Callable[[int, int], None] | None = None) -> Report:
+def check(directory: str | Path) -> Generator[Progress, None, Report]:
     """Verify a directory of shards.
 
     Args:
-        directory: of a finished encoding.
-        on_file: is called with (files verified, files in all), for a progress bar.
+        directory: That of a finished encoding.
+
+    Yields:
+        Its progress in files.
 
     Raises:
-        ValueError: there is no index to verify against.
+        ValueError: There is no index to verify against.
     """
     dataset = ShardDataset(directory)
-    problems = [*_wrong_files(dataset, on_file or (lambda done, total: None))]
+    problems = yield from _wrong_files(dataset)
     if problems:
         # What is broken is not looked at: its pictures would say nothing.
         counts = np.zeros(dataset.num_classes + 1, np.int64)
@@ -102,23 +106,25 @@ def check(directory: str | Path, on_file: Callable[[int, int], None] | None = No
     )
 
 
-def _wrong_files(dataset: ShardDataset, on_file: Callable[[int, int], None]) -> Iterator[str]:
-    """Yield a sentence for each file that is not as the index says, or should not be there."""
+def _wrong_files(dataset: ShardDataset) -> Generator[Progress, None, list[str]]:
+    """Return a sentence for each file that is not as the index says, or should not be there."""
+    problems = []
     expected = {LABELS_FILE: dataset.index["class_labels_digest"]}
     for shard in dataset.index["shards"]:
         expected |= shard["digests"]
     for done, (name, digest) in enumerate(expected.items(), start=1):
         path = dataset.directory / name
         if not path.is_file():
-            yield f"{name} is missing"
+            problems.append(f"{name} is missing")
         elif file_digest(path) != digest:
-            yield f"{name} is damaged: its checksum is not that of the index"
-        on_file(done, len(expected))
+            problems.append(f"{name} is damaged: its checksum is not that of the index")
+        yield Progress("check", done, len(expected))
     for path in sorted(dataset.directory.glob("*.npy")):
         if path.name not in expected:
-            yield f"{path.name} belongs to another encoding: the index does not name it"
+            problems.append(f"{path.name} belongs to another encoding: the index does not name it")
     if (dataset.directory / PARTS_DIR).exists():
-        yield f"{PARTS_DIR} is left of an encoding: encode again with the same command"
+        problems.append(f"{PARTS_DIR} is left of an encoding: encode again with the same command")
+    return problems
 
 
 def _remarks(dataset: ShardDataset, class_counts: np.ndarray, std: float) -> Iterator[str]:

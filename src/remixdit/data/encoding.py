@@ -10,7 +10,7 @@ Shapes: B = batch_size, C channels, S = image_size, h w the size of a latent.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from remixdit.data.writing import EncodedDir, ShardRecord, ShardWriter
 from remixdit.distributed.ranks import pick_device
 from remixdit.images.source import Source
 from remixdit.images.squares import PictureBatch, Pictures
+from remixdit.progress import Progress
 
-__all__ = ["EncodeConfig", "Progress", "encode"]
+__all__ = ["EncodeConfig", "Share", "encode"]
 
 SHARD_BYTES = 64 * 2**20
 MAX_SHARDS = 256  # each is a memory map, which holds a file descriptor
@@ -34,30 +35,30 @@ MAX_SHARD_SIZE = 4096  # images: what a kill may lose
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """How images become latents."""
+    """How images are encoded."""
 
     image_size: int
-    """Side of the square pictures, in pixels."""
+    """Height and width of the square pictures, in pixels."""
     autoencoder: str = "none"
-    """An AutoencoderKL on the Hugging Face hub or in a local directory; none keeps pixels."""
+    """An AutoencoderKL on the Hugging Face Hub or in a local directory; none keeps pixels."""
     channels: int | None = None
-    """3 for colour, 1 for grey; by default 1 if the images are grey, else 3."""
+    """Number of channels: 3 or 1. By default 1 if the images are grey, else 3."""
     crop: Literal["center", "random"] = "center"
-    """center, or random: a square of at least 0.8 of the shorter side, drawn from (seed, image)."""
+    """Crop: center, or a random square of at least 0.8 of the shorter side, by seed and image."""
     mirror: bool = False
-    """Encode each image mirrored as well. Pixels need no mirrored copy."""
+    """Encode a mirrored copy of each image too. Pixels need none: training mirrors them itself."""
     strict: bool = False
-    """Stop at the first image that cannot be read, instead of skipping and recording it."""
+    """Stop at the first unreadable image instead of skipping and recording it."""
     batch_size: int = 32
-    """Images encoded at once."""
+    """Number of images encoded at once."""
     shard_size: int | None = None
-    """Images a shard; by default such that a shard takes about 64 MiB."""
+    """Number of images per shard. By default a shard takes about 64 MiB."""
     seed: int = 0
-    """Of the random crop."""
+    """Seed for the random crops."""
     device: str = "auto"
-    """auto, cpu or cuda: where the autoencoder runs; auto is the GPU, if there is one."""
+    """Device of the autoencoder: auto, cpu or cuda. auto is the GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the autoencoder; auto is bf16 on a GPU and fp32 on the CPU."""
+    """Precision of the autoencoder; auto is bf16 on a GPU and fp32 on the CPU."""
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 8), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
@@ -76,12 +77,13 @@ class EncodeConfig:
             raise ValueError("mirror is for latents: pixels are mirrored when they are read")
 
 
-class Progress(NamedTuple):
-    """How far one process has come with its share."""
+class Share(NamedTuple):
+    """The images that one process was to encode."""
 
-    images_done: int
     num_images: int
-    images_skipped: int
+    """Number of images, including those encoded earlier."""
+    images_skipped: int = 0
+    """Number of images that cannot be read."""
 
 
 def encode(
@@ -91,35 +93,39 @@ def encode(
     *,
     rank: int = 0,
     num_ranks: int = 1,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, Share]:
     """Encode this rank's share of a source; the rank that finishes last writes the index.
 
     Yields:
-        Progress, after every batch. Shards that are already there count as done.
+        Its progress in images, first of the shards that are there and then after every batch.
+
+    Returns:
+        What this rank's share was; all images where the index was there already.
 
     Raises:
-        ValueError: the directory holds another encoding, an image cannot be read (when strict),
+        ValueError: The directory holds another encoding, an image cannot be read (when strict),
             the autoencoder does not fit, or the directory cannot be written.
     """
     autoencoder = load_autoencoder(config.autoencoder)
     settings = _settings(source, config, autoencoder)
     directory = EncodedDir(Path(output_dir), settings)
-    with _told_of_disk_errors(directory.directory):
+    with _explain_disk_errors(directory.directory):
         if not directory.start():
-            yield Progress(len(source), len(source), 0)
-            return
+            yield Progress("encode", len(source), len(source))
+            return Share(len(source))
         encoder = _Encoder(source, config, autoencoder, directory)
         try:
-            yield from encoder.run(rank, num_ranks)
+            share = yield from encoder.run(rank, num_ranks)
             directory.merge(len(encoder.shards))
         except ValueError:
             if num_ranks == 1:
                 directory.discard_if_empty()
             raise
+    return share
 
 
 @contextmanager
-def _told_of_disk_errors(directory: Path) -> Iterator[None]:
+def _explain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -158,22 +164,26 @@ class _Encoder:
             range(first, min(first + size, len(source))) for first in range(0, len(source), size)
         ]
 
-    def run(self, rank: int, num_ranks: int) -> Iterator[Progress]:
+    def run(self, rank: int, num_ranks: int) -> Generator[Progress, None, Share]:
         """Encode those of this rank's shards that are not there yet."""
         numbers = range(rank, len(self.shards), num_ranks)
         total = sum(len(self.shards[number]) for number in numbers)
-        done = skipped = 0
+        done, skipped, missing = 0, 0, []
         for number in numbers:
             record = self.directory.record(number)
-            if record is not None:
+            if record is None:
+                missing.append(number)
+            else:
                 done += len(self.shards[number])
                 skipped += len(record.skipped)
-                yield Progress(done, total, skipped)
-                continue
+        # Before the first batch, so that the speed is that of what is encoded now.
+        yield _progress(done, total, skipped)
+        for number in missing:
             for batch in self._write_shard(number):
                 done += len(batch.pixels) + len(batch.skipped)
                 skipped += len(batch.skipped)
-                yield Progress(done, total, skipped)
+                yield _progress(done, total, skipped)
+        return Share(total, skipped)
 
     def _write_shard(self, number: int) -> Iterator[PictureBatch]:
         images, size = self.shards[number], self.config.batch_size
@@ -202,6 +212,10 @@ class _Encoder:
         if not moments.half().isfinite().all():
             raise ValueError(f"{self.config.autoencoder} gives latents past the range of float16")
         return moments.half().cpu().numpy()
+
+
+def _progress(done: int, total: int, skipped: int) -> Progress:
+    return Progress("encode", done, total, f"{skipped} skipped" if skipped else "")
 
 
 def _settings(source: Source, config: EncodeConfig, autoencoder: Autoencoder) -> dict[str, object]:

@@ -24,8 +24,8 @@ def permuted(positions: np.ndarray, num_images: int, seed: int, epochs: np.ndarr
 
     Args:
         positions: (B,) integers in [0, num_images).
-        num_images: how many there are.
-        seed: of the order.
+        num_images: Number of images.
+        seed: Seed for the order.
         epochs: (B,) integers; every epoch has an order of its own.
 
     Returns:

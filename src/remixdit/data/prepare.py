@@ -1,14 +1,15 @@
-"""What training calls: whatever the user named => shards, encoded once and kept."""
+"""Data as the user names them => shards, encoded once and kept."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from remixdit.data.encoding import EncodeConfig, Progress, encode
+from remixdit.data.encoding import EncodeConfig, encode
 from remixdit.data.shards import ShardDataset, is_shard_dir
 from remixdit.images.opening import open_source
 from remixdit.images.source import UnreadableImageError
+from remixdit.progress import Progress
 
 __all__ = ["prepare"]
 
@@ -19,28 +20,27 @@ def prepare(
     config: EncodeConfig,
     *,
     split: str | None = None,
-    report: Callable[[Progress], None] | None = None,
-) -> ShardDataset:
+) -> Generator[Progress, None, ShardDataset]:
     """Open the shards of a source, encoding it into the cache when that has not been done.
 
     Args:
-        source: a directory of shards, which is opened as it is, or what `open_source` takes.
-        cache_dir: holds the shards of this one source and configuration.
-        config: how to encode it.
-        split: which part of the source.
-        report: is called with the progress of the encoding.
+        source: A directory of shards, which is opened as it is, or what `open_source` takes.
+        cache_dir: Holds the shards of this one source and configuration.
+        config: How to encode it.
+        split: Which part of the source.
+
+    Yields:
+        The progress of the encoding.
 
     Raises:
-        ValueError: the source cannot be read, or the cache belongs to another source or size; when
+        ValueError: The source cannot be read, or the cache belongs to another source or size; when
             strict, an UnreadableImageError that names the image, and nothing is left of a new
             cache.
     """
     if is_shard_dir(Path(source)):
         return _whole(source)
     with _left_as_found(Path(cache_dir)):
-        for progress in encode(open_source(source, split), cache_dir, config):
-            if report is not None:
-                report(progress)
+        yield from encode(open_source(source, split), cache_dir, config)
     return _whole(cache_dir)
 
 

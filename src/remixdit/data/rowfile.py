@@ -22,7 +22,7 @@ class RowFile:
     """The rows (n, *) of an .npy file.
 
     Raises:
-        ValueError: the file is missing, no .npy, or of another shape or dtype than expected.
+        ValueError: The file is missing, no .npy, or of another shape or dtype than expected.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: str) -> None:

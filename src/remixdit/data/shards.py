@@ -56,7 +56,7 @@ class ShardDataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, 0 when nothing is labelled."""
+        """Number of classes; 0 if no image has a label."""
         return len(self.class_names)
 
     @cached_property
@@ -73,8 +73,8 @@ class ShardDataset:
         Args:
             indices: (B,) integers in [0, len(self)).
             epochs: (B,) how often each has been seen before; draws other noise.
-            seed: of the noise and the mirroring.
-            mirror: mirror a random half of the images, left to right.
+            seed: Seed for the noise and the mirroring.
+            mirror: Mirror a random half of the images, left to right.
 
         Returns:
             latents (B, C, H, W) float32: pixels in [-1, 1], or scaled latents drawn from the
@@ -147,7 +147,7 @@ class ShardDataset:
         """Refuse to go with a model that was trained on other latents.
 
         Args:
-            autoencoder: the `spec` that the model's configuration holds.
+            autoencoder: The `spec` in the configuration of the model.
             shape: (C, H, W) of the latents that it takes.
         """
         if self.shape != tuple(shape):

@@ -3,33 +3,32 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from remixdit.data.shards import INDEX_FILE, LABELS_FILE, shard_file
+from remixdit.files import PARTIAL_SUFFIX, file_digest, partial_path, put_in_place, write_file
 from remixdit.images.squares import PictureBatch
 
-__all__ = ["PARTS_DIR", "EncodedDir", "ShardRecord", "ShardWriter", "file_digest"]
+__all__ = ["PARTS_DIR", "EncodedDir", "ShardRecord", "ShardWriter"]
 
 PARTS_DIR = ".encoding"
 SETTINGS_FILE = "settings.json"
-PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass
 class ShardRecord:
-    """What the index needs to know of one shard."""
+    """Facts about one shard for the index."""
 
     num_images: int = 0
     digests: dict[str, str] = field(default_factory=dict)
-    """Name of each file => its sha256."""
+    """File name => SHA-256 of the file."""
     class_labels: list[int] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
@@ -62,7 +61,7 @@ class EncodedDir:
         if self._tidy_if_merged():
             return False
         self.parts.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.parts / SETTINGS_FILE, _json(self.settings))
+        _write(self.parts / SETTINGS_FILE, _json(self.settings))
         return True
 
     def record(self, number: int) -> ShardRecord | None:
@@ -85,7 +84,7 @@ class EncodedDir:
     def finish(self, number: int, writer: "ShardWriter", record: ShardRecord) -> None:
         """Put a shard in its place, then its record: a record means that the shard is there."""
         record.digests = writer.finish()
-        _write_atomically(self._record_path(number), _json(asdict(record)))
+        _write(self._record_path(number), _json(asdict(record)))
 
     def merge(self, num_shards: int) -> None:
         """Write the index if all shards are there, and remove what it replaces."""
@@ -94,8 +93,8 @@ class EncodedDir:
         if len(present) == num_shards:
             index, class_labels = _merged(self.settings, present)
             try:
-                _write_atomically(self.directory / LABELS_FILE, _npy(class_labels))
-                _write_atomically(self.directory / INDEX_FILE, _json(index))
+                _write(self.directory / LABELS_FILE, _npy(class_labels))
+                _write(self.directory / INDEX_FILE, _json(index))
             except FileNotFoundError:  # another process was faster, and has swept up
                 if not (self.directory / INDEX_FILE).exists():
                     raise
@@ -141,8 +140,9 @@ class ShardWriter:
         self._stack = ExitStack()
         self._files = []
         for path in paths:
-            self._stack.callback(_partial(path).unlink, missing_ok=True)
-            self._files.append(self._stack.enter_context(_partial(path).open("wb")))
+            beside = partial_path(path, shared=True)
+            self._stack.callback(beside.unlink, missing_ok=True)
+            self._files.append(self._stack.enter_context(beside.open("wb")))
             self._write_header(len(self._files) - 1)
 
     def append(self, rows: np.ndarray) -> None:
@@ -159,9 +159,10 @@ class ShardWriter:
         for number, (path, file) in enumerate(zip(self.paths, self._files, strict=True)):
             file.seek(0)
             self._write_header(number)  # numpy leaves room in it for any number of rows
-            _sync(file)
-            digests[path.name] = file_digest(_partial(path))
-            _partial(path).replace(path)
+            file.flush()
+            beside = partial_path(path, shared=True)
+            digests[path.name] = file_digest(beside)
+            put_in_place(beside, path)
         return digests
 
     def close(self) -> None:
@@ -181,12 +182,6 @@ class ShardWriter:
                 "shape": (self.num_rows[number], *self.row_shape),
             },
         )
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _merged(
@@ -214,24 +209,8 @@ def _merged(
     return index, labels
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = _partial(path)
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            _sync(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(path: Path, content: bytes) -> None:
+    write_file(path, lambda beside: beside.write_bytes(content), shared=True)
 
 
 def _first_json(*paths: Path) -> dict[str, Any] | None:

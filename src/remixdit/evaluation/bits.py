@@ -16,36 +16,39 @@ from torch import Tensor
 
 from remixdit.diffusion.intervals import Intervals
 from remixdit.diffusion.noise import Diffusion
-from remixdit.evaluation.losses import Held, Points, drawn_points, measure_owners
+from remixdit.evaluation.held_out import HeldOut
+from remixdit.evaluation.left_out import LeftOut
+from remixdit.evaluation.losses import Points, drawn_points, measure_owners
 from remixdit.model.model import RemixDiT
 from remixdit.seeds import generator_for
 
-__all__ = ["bound_strata", "no_bound", "prior_bits", "stratum_bits", "variational_bound"]
+__all__ = ["bound_strata", "prior_bits", "require_bound", "stratum_bits", "variational_bound"]
 
 
-def no_bound(model: RemixDiT) -> str:
-    """Return why a model has no bound on the bits of an image, or nothing if it has one."""
+def require_bound(model: RemixDiT) -> None:
+    """Leave the bound out for a model that has none."""
     if not isinstance(model.process, Diffusion):
-        return f"{model.config.prediction_type} has no variational bound of this kind"
+        raise LeftOut(f"{model.config.prediction_type} has no variational bound of this kind")
     if model.config.autoencoder["name"] != "none":
-        return "latents of an autoencoder have no levels to count bits for"
-    return ""
+        raise LeftOut("latents of an autoencoder have no levels to count bits for")
 
 
 def variational_bound(
-    model: RemixDiT, held: Held, *, seed: int = 0, batch_size: int = 128
+    model: RemixDiT, held: HeldOut, *, seed: int = 0, batch_size: int = 128
 ) -> np.ndarray:
     """Return (n,) an estimate of the bits a dimension of each image, without bias.
 
     Args:
         model: In pixels, of a discrete process; a fixed variance is the forward process's own.
         held: n images, pixels in [-1, 1] of 256 levels.
-        seed: Of the timesteps and the noise; the same for two models pairs them where they have
-            the same strata.
-        batch_size: Images at a time; does not change the result.
+        seed: Seed for timesteps and noise; the same seed pairs two models where they have the
+            same strata.
+        batch_size: Number of images in one forward pass; does not change the result.
+
+    Raises:
+        LeftOut: The model has no bound.
     """
-    if reason := no_bound(model):
-        raise ValueError(f"model must have a variational bound: {reason}")
+    require_bound(model)
     strata = bound_strata(model.intervals)
     parts = [
         stratum_bits(model, held, strata, stratum, seed, batch_size)
@@ -64,7 +67,7 @@ def bound_strata(*intervals: Intervals) -> Intervals:
 
 def stratum_bits(
     model: RemixDiT,
-    held: Held,
+    held: HeldOut,
     strata: Intervals,
     stratum: int,
     seed: int = 0,
@@ -86,7 +89,7 @@ def bound_term(model: RemixDiT, output: Tensor, latents: Tensor, points: Points)
 
 
 @torch.no_grad()
-def prior_bits(model: RemixDiT, held: Held) -> np.ndarray:
+def prior_bits(model: RemixDiT, held: HeldOut) -> np.ndarray:
     """Return (n,) the bits that the last noisy image still holds; the model has no part in it."""
     assert isinstance(model.process, Diffusion)
     return model.process.prior_term(held.latents).double().numpy()

@@ -1,11 +1,12 @@
 """Do samples show what they were asked for, and are they copies of the training images?
 
-Both look at the features that the scores are made of. What cannot be told says why, as a score
-does: `{"value": None, "left_out": "..."}`.
+Both look at the features that the scores are made of. What cannot be told is left out, as a score
+is.
 
 Shapes: n images under test, R real ones, F features.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,38 +14,48 @@ import torch
 from torch import Tensor
 
 from remixdit.evaluation.image_sets import ImageSet
+from remixdit.evaluation.left_out import LeftOut, measured
 from remixdit.evaluation.metrics import fit_linear_probe, memorisation, nearest_neighbours
 from remixdit.seeds import generator_for
 
-__all__ = ["conditional_accuracy", "copies", "matched_labels"]
+__all__ = ["are_numbers", "conditional_accuracy", "copies", "matched_labels"]
 
 MAX_PROBE_IMAGES = 10_000  # more add little, and L-BFGS looks at all of them in every step
 TEST_SHARE = 4  # one in four labelled real images tests the probe
 NUM_CLOSEST = 5
 
 
-def matched_labels(fake: ImageSet, real: ImageSet) -> np.ndarray | str:
-    """Return the labels of images under test as the reference numbers them, or why not.
+def matched_labels(fake: ImageSet, real: ImageSet) -> np.ndarray:
+    """Return the labels (n,) of images under test as the reference numbers them.
 
-    By name where both name their classes; by number where one of them only counts.
+    Classes are matched by name where both have names, and by number where one of them only counts.
+
+    Raises:
+        LeftOut: There are no labels, or some that the reference does not have.
     """
     if (fake.class_labels < 0).all():
-        return "the images under test have no labels"
+        raise LeftOut("the images under test have no labels")
     if not real.class_names or (real.class_labels < 0).all():
-        return "the images of the reference have no labels"
-    if counts(fake.class_names) or counts(real.class_names) or fake.class_names == real.class_names:
+        raise LeftOut("the images of the reference have no labels")
+    if (
+        are_numbers(fake.class_names)
+        or are_numbers(real.class_names)
+        or fake.class_names == real.class_names
+    ):
         top = int(fake.class_labels.max())
         if top < len(real.class_names):
             return fake.class_labels
-        return f"the reference has {len(real.class_names)} classes, label {top} is under test"
+        raise LeftOut(
+            f"the reference has {len(real.class_names)} classes, label {top} is under test"
+        )
     used = {fake.class_names[label] for label in np.unique(fake.class_labels) if label >= 0}
     if missing := sorted(used - set(real.class_names)):
-        return f"the reference has no class {missing[0]!r}"
+        raise LeftOut(f"the reference has no class {missing[0]!r}")
     numbers = np.array([*map(index_in(real.class_names), fake.class_names), -1])
     return numbers[fake.class_labels]
 
 
-def counts(class_names: tuple[str, ...]) -> bool:
+def are_numbers(class_names: Sequence[str]) -> bool:
     """Whether classes are only numbered."""
     return all(name == str(number) for number, name in enumerate(class_names))
 
@@ -65,8 +76,11 @@ def conditional_accuracy(
         real_labels: (R,) integers, -1 for none.
         fake: (n, F) features.
         fake_labels: (n,) integers, likewise.
-        seed: Of the division of the real images into those that fit the probe and those that
-            test it: what it says of real images is what a perfect generator would get.
+        seed: Seed for dividing the real images into those that fit the probe and those that test
+            it. Its accuracy on the latter is what a perfect generator would get.
+
+    Raises:
+        LeftOut: Too few images have labels that both sets know.
     """
     fitted, tested = divided(real_labels, seed)
     classes = np.unique(real_labels[fitted])
@@ -78,7 +92,7 @@ def conditional_accuracy(
         ("needs images under test of the reference's classes", len(known) > 0),
     ):
         if not holds:
-            return {"value": None, "left_out": reason}
+            raise LeftOut(reason)
     rows, labels = torch.from_numpy(fitted), torch.from_numpy(real_labels[fitted])
     probe = fit_linear_probe(real[rows.to(real.device)], labels.to(real.device))
 
@@ -88,6 +102,11 @@ def conditional_accuracy(
             features[place], torch.from_numpy(class_labels[chosen]).to(features.device)
         )
 
+    def of_real_images() -> dict[str, Any]:
+        if not len(tested):
+            raise LeftOut("too few labelled images of the reference")
+        return {"value": accuracy(real, real_labels, tested), "num_images": len(tested)}
+
     value = accuracy(fake, fake_labels, known)
     return {
         "value": value,
@@ -96,9 +115,7 @@ def conditional_accuracy(
         "num_images": len(known),
         "fitted_to": len(fitted),
         "chance": 1 / len(classes),
-        "real": {"value": accuracy(real, real_labels, tested), "num_images": len(tested)}
-        if len(tested)
-        else {"value": None, "left_out": "too few labelled images of the reference"},
+        "real": measured(of_real_images),
     }
 
 
@@ -122,7 +139,7 @@ def copies(fake: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> dict
         fake: (n, F) features of the images under test.
         train: (R, F) features of the images that the model was trained on.
         held_out: (R', F) features of images of the same kind that it was not trained on.
-        seed: Of the thinning to equal sizes.
+        seed: Seed for thinning the sets to equal sizes.
     """
     found = memorisation(fake, train, held_out, seed=seed)
     distances, nearest = nearest_neighbours(fake, train)

@@ -47,7 +47,7 @@ class ImageBatch(NamedTuple):
     """Some images of a set."""
 
     rows: np.ndarray
-    """(B,) rising, where they stand in the set."""
+    """(B,) ascending indices of the images in the set."""
     images: np.ndarray
     """(B, S, S, C) uint8."""
 
@@ -60,25 +60,25 @@ class ImageSet:
     """A numbered list of square images of one size."""
 
     name: str
-    """What it is called in results and messages."""
+    """Name of the set in results and messages."""
     image_size: int
-    """S."""
+    """Side of every image, S."""
     channels: int
-    """C."""
+    """Number of channels, C."""
     class_labels: np.ndarray
     """(n,) int64, -1 for an image without a label."""
     class_names: tuple[str, ...]
-    """One name a class; empty when nothing is labelled."""
+    """Names of the classes; empty if no image has a label."""
     fingerprint: str
-    """Equal for equal images and labels."""
+    """A digest that is equal for equal images and labels."""
     read: Read = field(repr=False)
     """Yields the images of rising rows, part by part; those that cannot be read are left out."""
     batch_size: int = BATCH_SIZE
-    """Images of a batch."""
+    """Number of images in a batch."""
     chosen: np.ndarray | None = None
-    """(n,) rising, which of a larger set these are."""
+    """(n,) ascending indices of these images in a larger set."""
     note: str = ""
-    """What should be said of these images beside a score."""
+    """A remark on these images that belongs beside a score."""
 
     def __len__(self) -> int:
         return len(self.class_labels)
@@ -118,11 +118,11 @@ def open_images(
 
     Args:
         path: A directory of shards, an .npz, or what `open_source` takes.
-        split: Which part of a collection.
+        split: Name of the split of a collection.
         image_size: Collections and .npz are scaled and cut to it; by default they must be square
             and of one size. Shards must have it.
-        channels: Likewise; by default 1 if the images are grey, else 3.
-        device: Where the autoencoder of latents decodes.
+        channels: Number of channels, likewise; by default 1 if the images are grey, else 3.
+        device: Device on which the autoencoder decodes latents.
     """
     if is_shard_dir(Path(path)):
         if split is not None:
@@ -143,7 +143,7 @@ def check_npz(path: Path) -> None:
 
 
 def read_npz(path: Path) -> Reference | None:
-    """Return an .npz that can be read in passing; None leaves it, or the complaint, to others."""
+    """Return an .npz of images; None if another reader should try it, or report the error."""
     try:
         reference = read_reference(path)
     except (ValueError, OSError, EOFError, KeyError):
@@ -187,7 +187,7 @@ class Decoder:
     image_size: int
     channels: int
     must_have: bool
-    """All images must have that size already."""
+    """Whether all images must have that size already."""
 
     def read(self, parts: Sequence[np.ndarray]) -> Iterator[ImageBatch]:
         """Yield the images of each part, decoded in threads; the unreadable are left out."""

@@ -16,35 +16,38 @@ import torch
 
 from remixdit.distributed.ranks import Ranks
 from remixdit.evaluation.checks import conditional_accuracy, copies, matched_labels
+from remixdit.evaluation.feature_sets import FeatureSet, collect
 from remixdit.evaluation.features import Extractor, Reference, load_extractor, read_reference
 from remixdit.evaluation.image_sets import ImageSet, check_npz, npz_images, open_images
-from remixdit.evaluation.scores import FeatureSet, collect, scores
+from remixdit.evaluation.left_out import LeftOut, measured
+from remixdit.evaluation.scores import scores
 from remixdit.evaluation.subjects import Subject
 from remixdit.machine import machine
+from remixdit.progress import Progress
 
-__all__ = ["ImageConfig", "Under", "evaluate_images"]
+__all__ = ["ImageConfig", "evaluate_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """What images are compared with, and how."""
+    """How images are compared with real ones."""
 
     reference: str = ""
-    """Real images (shards, a folder, Parquet, npz, tar, a name), or an .npz of statistics."""
+    """Real images (shards, a folder, Parquet, npz, tar, a name), or an .npz of their statistics."""
     split: str | None = None
-    """Which part of the reference, such as test."""
+    """Name of the split of the reference, e.g. test."""
     train: str | None = None
-    """What the model was trained on: tells whether samples are copies of it."""
+    """Training images of the model, to measure whether samples are copies of them."""
     train_split: str | None = None
-    """Which part of it, such as train."""
+    """Name of the split of the training images, e.g. train."""
     extractor: str = "lite0"
-    """lite0 (offline), inception (FID's own) or dinov2."""
+    """Feature extractor: lite0 (works offline), inception (that of FID) or dinov2."""
     extractor_weights: str | None = None
-    """inception: a file, or download; dinov2: a hub id or directory."""
+    """Weights: a file or `download` for inception, a Hub id or directory for dinov2."""
     reference_images: int = 50_000
-    """Real images at most, drawn by seed when there are more; 0 for all."""
+    """Maximum number of real images, chosen by the seed if there are more; 0 for all."""
     real_floor: bool = True
-    """Score real images against others too."""
+    """Score real images against other real images too, as a floor of each score."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -56,16 +59,8 @@ class ImageConfig:
             raise ValueError(f"train_split must come with train, got {self.train_split!r} alone")
 
 
-class Under(NamedTuple):
-    """What is under way."""
-
-    name: str
-    done: int
-    total: int
-
-
 class Real(NamedTuple):
-    """What is known of real images."""
+    """Real images, their statistics, or both."""
 
     images: ImageSet | None
     statistics: Reference | None
@@ -77,17 +72,18 @@ def evaluate_images(
     device: torch.device,
     ranks: Ranks | None = None,
     seed: int = 0,
-) -> Iterator[Under | dict[str, Any]]:
-    """Score images against real ones; yields what is under way, and last the result.
-
-    The result holds JSON values, complete on the first process and empty on others.
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Score images against real ones.
 
     Args:
-        subject: What is under test.
-        config: What it is compared with.
-        device: Of the extractor and the metrics.
-        ranks: Which of the processes this one is.
-        seed: Of whatever the metrics draw.
+        subject: The images under test.
+        config: How they are compared with real ones.
+        device: Device of the extractor and the metrics.
+        ranks: The place of this process among all.
+        seed: Seed for all random choices of the metrics.
+
+    Returns:
+        The result as JSON values, complete on the first process and empty on others.
     """
     ranks = ranks or Ranks()
     extractor = open_extractor(config, device)
@@ -98,15 +94,14 @@ def evaluate_images(
     sets = {"reference": real.images, "train": train, "samples": subject.images}
     found = yield from all_extracted(sets, extractor, ranks)
     if not ranks.is_first:
-        yield {}
-        return
+        return {}
     fake, rows = found["samples"]
     result: dict[str, Any] = {
         "evaluated": {**subject.facts, **facts_of(subject.images, rows)},
         "reference": reference_facts(config, real, found.get("reference")),
         "extractor": extractor.facts(),
     }
-    yield Under("scores", 0, 2)
+    yield Progress("scores", 0, 1)
     result["scores"] = scores(
         found["reference"][0] if "reference" in found else None,
         fake,
@@ -115,18 +110,21 @@ def evaluate_images(
         seed=seed,
         with_floor=config.real_floor,
     )
-    yield Under("checks", 1, 2)
-    result["conditional_accuracy"] = accuracy_of(subject.images, real.images, found, seed)
-    result["memorisation"] = memorisation_of(sets, found, seed)
+    yield Progress("scores", 1, 1)
+    yield Progress("checks", 0, 1)
+    result["conditional_accuracy"] = measured(
+        lambda: accuracy(subject.images, real.images, found, seed)
+    )
+    result["memorisation"] = measured(lambda: memorisation(sets, found, seed))
     result["notes"] = list(notes(subject, real, extractor, len(fake.pool)))
     result["machine"] = machine(device)
-    yield Under("checks", 2, 2)
-    yield result
+    yield Progress("checks", 1, 1)
+    return result
 
 
 def all_extracted(
     sets: Mapping[str, ImageSet | None], extractor: Extractor, ranks: Ranks
-) -> Generator[Under, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
+) -> Generator[Progress, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
     """Return the features and rows of each set that there is."""
     found: dict[str, tuple[FeatureSet, np.ndarray]] = {}
     for name, images in sets.items():
@@ -137,17 +135,16 @@ def all_extracted(
 
 def extracted(
     name: str, images: ImageSet, extractor: Extractor, ranks: Ranks
-) -> Generator[Under, None, tuple[FeatureSet, np.ndarray]]:
+) -> Generator[Progress, None, tuple[FeatureSet, np.ndarray]]:
     """Return the features of a set, and which of its images they are of."""
-    share = -(-len(images) // ranks.num_ranks)
-    yield Under(name, 0, share)
-    progress = collect(images.batches(ranks.rank, ranks.num_ranks), len(images), extractor)
-    while True:
-        try:
-            yield Under(name, next(progress), share)
-        except StopIteration as end:
-            features, rows = end.value
-            return features, rows.cpu().numpy()
+    features, rows = yield from collect(
+        images.batches(ranks.rank, ranks.num_ranks),
+        len(images),
+        extractor,
+        stage=name,
+        num_ranks=ranks.num_ranks,
+    )
+    return features, rows.cpu().numpy()
 
 
 def open_extractor(config: ImageConfig, device: torch.device) -> Extractor:
@@ -252,21 +249,21 @@ def reference_facts(
 Found = dict[str, tuple[FeatureSet, np.ndarray]]
 
 
-def accuracy_of(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> dict[str, Any]:
-    """Return the conditional accuracy, or why there is none."""
-    labels = "needs images of the reference" if real is None else matched_labels(fake, real)
-    if real is None or isinstance(labels, str):
-        return {"value": None, "left_out": labels}
+def accuracy(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> dict[str, Any]:
+    """Return the conditional accuracy."""
+    if real is None:
+        raise LeftOut("needs images of the reference")
+    labels = matched_labels(fake, real)
     (known, known_rows), (features, rows) = found["reference"], found["samples"]
     return conditional_accuracy(
         known.pool, real.class_labels[known_rows], features.pool, labels[rows], seed
     )
 
 
-def memorisation_of(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -> dict[str, Any]:
-    """Return whether samples are copies, or why that cannot be told."""
+def memorisation(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -> dict[str, Any]:
+    """Return whether samples are copies."""
     if "train" not in found:
-        return {"value": None, "left_out": "needs the training images (--train)"}
+        raise LeftOut("needs the training images (--train)")
     fake, train, held_out = (found[name][0].pool for name in ("samples", "train", "reference"))
     result = copies(fake, train, held_out, seed)
     for pair in result["closest"]:

@@ -14,34 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remixdit.data import ShardDataset
 from remixdit.diffusion.intervals import Intervals
+from remixdit.evaluation.held_out import HeldOut
 from remixdit.model.model import RemixDiT
 from remixdit.seeds import generator_for
 
-__all__ = ["Held", "held_out", "interval_losses", "loss_matrix", "losses_on"]
-
-
-class Held(NamedTuple):
-    """Images to measure on."""
-
-    latents: Tensor
-    """(n, C, H, W) float32."""
-    class_labels: Tensor
-    """(n,) int64."""
-
-
-def held_out(dataset: ShardDataset, num_images: int, seed: int = 0) -> Held:
-    """Return the first images of a data set, each posterior drawn once from (seed, image)."""
-    if not 1 <= num_images <= len(dataset):
-        raise ValueError(f"num_images must be in 1..{len(dataset)}, got {num_images}")
-    indices = np.arange(num_images)
-    return Held(*dataset.read(indices, np.zeros_like(indices), seed))
+__all__ = ["interval_losses", "loss_matrix", "losses_on"]
 
 
 def interval_losses(
     model: RemixDiT,
-    held: Held,
+    held: HeldOut,
     intervals: Intervals,
     *,
     experts: Iterable[int] | None = None,
@@ -52,12 +35,12 @@ def interval_losses(
 
     Args:
         model: Its weights, as they are.
-        held: n images.
+        held: Held-out images, n of them.
         intervals: I of them; the model's own, or others for a plain DiT.
         experts: The experts to measure on every interval; by default each image is measured
             with the owner of its timestep alone.
-        seed: Of the timesteps and the noise; the same for two models pairs them.
-        batch_size: Images at a time; does not change the result.
+        seed: Seed for timesteps and noise; the same seed pairs two models.
+        batch_size: Number of images in one forward pass; does not change the result.
 
     Returns:
         (E, I, n) float64 mean squared errors of the prediction, E = 1 by default.
@@ -72,7 +55,7 @@ def interval_losses(
 
 def losses_on(
     model: RemixDiT,
-    held: Held,
+    held: HeldOut,
     intervals: Intervals,
     interval: int,
     experts: Sequence[int] | None = None,
@@ -89,12 +72,12 @@ def losses_on(
 
 
 class Points(NamedTuple):
-    """Where on the path from data to noise each image is looked at."""
+    """Timestep and noise at which each image is measured."""
 
     timesteps: Tensor
-    """(n,)."""
+    """Timesteps, (n,)."""
     noise: Tensor
-    """(n, C, H, W)."""
+    """Noise, (n, C, H, W)."""
 
     def rows(self, rows: Tensor) -> "Points":
         """Return those of some images."""
@@ -102,7 +85,7 @@ class Points(NamedTuple):
 
 
 def drawn_points(
-    held: Held, intervals: Intervals, interval: int, generator: torch.Generator
+    held: HeldOut, intervals: Intervals, interval: int, generator: torch.Generator
 ) -> Points:
     """Draw a timestep inside an interval, and noise, for each image."""
     timesteps = intervals.draw_timesteps(interval, len(held.latents), generator)
@@ -119,21 +102,21 @@ def squared_error(model: RemixDiT, output: Tensor, latents: Tensor, points: Poin
 
 
 def measure_owners(
-    model: RemixDiT, held: Held, points: Points, what: Measure, batch_size: int
+    model: RemixDiT, held: HeldOut, points: Points, what: Measure, batch_size: int
 ) -> np.ndarray:
     """Return (n,) what the expert that owns each image's timestep measures."""
     experts = model.intervals.expert_at(points.timesteps)
     found = np.empty(len(held.latents))
     for expert in torch.unique(experts).tolist():
         rows = (experts == expert).nonzero()[:, 0]
-        own = Held(held.latents[rows], held.class_labels[rows])
+        own = HeldOut(held.latents[rows], held.class_labels[rows])
         found[rows.numpy()] = measure(model, expert, own, points.rows(rows), what, batch_size)
     return found
 
 
 @torch.no_grad()
 def measure(
-    model: RemixDiT, expert: int, held: Held, points: Points, what: Measure, batch_size: int
+    model: RemixDiT, expert: int, held: HeldOut, points: Points, what: Measure, batch_size: int
 ) -> np.ndarray:
     """Return (n,) what one expert measures at the given timesteps and noise."""
     parts = []
@@ -146,7 +129,10 @@ def measure(
     return torch.cat(parts).numpy()
 
 
-def loss_matrix(model: RemixDiT, held: Held, *, seed: int = 0) -> np.ndarray:
-    """Return the (N, N) mean loss of every expert on every interval (figure 4c of 2412.05628)."""
+def loss_matrix(model: RemixDiT, held: HeldOut, *, seed: int = 0) -> np.ndarray:
+    """Return the (N, N) mean loss of every expert on every interval.
+
+    It is figure 4c of arXiv:2412.05628.
+    """
     experts = range(model.num_experts)
     return interval_losses(model, held, model.intervals, experts=experts, seed=seed).mean(-1)

@@ -26,7 +26,8 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
     """Yield the (name, figure) of whatever a run has to show.
 
     Args:
-        run_dir: Of a run, finished or not; without a checkpoint only the loss curve can be drawn.
+        run_dir: Directory of a run, finished or not. Without a checkpoint only the loss curve can
+            be drawn.
     """
     rows = read_metrics(run_dir)
     if not rows:

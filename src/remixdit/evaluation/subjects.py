@@ -1,4 +1,4 @@
-"""What is under test: the images that a model draws, or images on disk."""
+"""Images under test: samples of a model, or images on disk."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ __all__ = ["Subject", "files_subject", "model_subject"]
 
 
 class Subject(NamedTuple):
-    """What is under test."""
+    """Images under test."""
 
     images: ImageSet
     facts: dict[str, Any]
-    """Where they come from, and how they were drawn, as JSON values."""
+    """The origin of the images and how they were sampled, as JSON values."""
 
 
 def model_subject(
@@ -32,10 +32,10 @@ def model_subject(
     """Return the images that a model draws when they are asked for.
 
     Args:
-        checkpoint: What the user called the model.
-        model: On its device, in its precision.
+        checkpoint: The path or name that the user gave.
+        model: The model, on its device and in its precision.
         sampling: How to draw them; image i depends on (seed, i) alone.
-        facts: More to say beside the scores, such as the precision.
+        facts: Further facts for the result, such as the precision.
     """
     scheduler = sampling.resolved_scheduler(model)
     labels = labels_of(model, sampling).numpy()
@@ -97,10 +97,10 @@ def files_subject(
     """Return images on disk: an .npz, a folder, shards or a collection.
 
     Args:
-        path: Where; a folder that `remixdit sample` wrote says how they were drawn.
-        num_images: How many are drawn by `seed`; 0 for all.
-        image_size: They are scaled and cut to it; by default they must be of one size.
-        seed: Of the draw.
+        path: Their place; a folder that `remixdit sample` wrote says how they were sampled.
+        num_images: Number of images, chosen by `seed`; 0 for all.
+        image_size: Size after scaling and cropping; by default they must be of one size.
+        seed: Seed for the choice of images.
     """
     images = open_images(path, image_size=image_size)
     facts: dict[str, Any] = {"path": str(path), "sampling": None}

@@ -35,10 +35,10 @@ def image_grid(
 
     Args:
         images: (n, H, W, C) uint8, C is 1 or 3.
-        columns: images in a row, at least 1.
-        labels: one text an image, written below it, shortened to its width.
-        row_labels: one text a row, written to its left.
-        scale: each pixel becomes scale x scale pixels; just enough for 64 a side when 0.
+        columns: Number of images in a row, at least 1.
+        labels: One text per image, written below it, shortened to its width.
+        row_labels: One text per row, written to its left.
+        scale: Each pixel becomes scale x scale pixels; 0 for just enough to reach 64 a side.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images must be (n, H, W, 1 or 3) uint8, got {images.shape}")

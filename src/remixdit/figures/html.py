@@ -16,6 +16,8 @@ from typing import Literal
 from matplotlib.figure import Figure
 from PIL import Image
 
+from remixdit.files import write_file
+
 # Nothing is loaded from anywhere, whatever a text may hold.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -82,7 +84,7 @@ class Picture:
     picture: Figure | Image.Image
     caption: str
     alt: str
-    """What the picture shows, for those who do not see it."""
+    """Description of the picture for those who cannot see it."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,9 @@ def write_report(path: str | os.PathLike[str], title: str, blocks: Sequence[Bloc
 </body>
 </html>
 """
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        # A file name that is no valid unicode shows as escapes instead of failing the report.
-        beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    # A file name that is no valid unicode shows as escapes instead of failing the report.
+    content = page.encode("utf-8", errors="backslashreplace")
+    write_file(Path(path), lambda beside: beside.write_bytes(content), shared=True)
 
 
 def _html(block: Block) -> str:

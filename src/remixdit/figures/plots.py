@@ -42,13 +42,13 @@ MAX_TICKS = 25  # more labels of intervals overlap, and more cells in a row have
 def coefficients_heatmap(
     coefficients: ArrayLike, boundaries: ArrayLike, *, block: int | None = None
 ) -> Figure:
-    """Draw which bases each expert is made of, as figure 4a of arXiv 2412.05628.
+    """Draw which bases each expert is made of, as figure 4a of arXiv:2412.05628.
 
     Args:
         coefficients: (N, K), or (L, N, K) for one table a block, the last for what is mixed
             outside the blocks.
         boundaries: (N + 1,) ends of the intervals.
-        block: which of the L tables to draw; all of them, one below the other, when None.
+        block: Index of the table to draw; None for all L of them, one below the other.
     """
     tables = np.asarray(coefficients, dtype=float)
     tables = tables[None] if tables.ndim == 2 else tables  # (L, N, K)
@@ -86,9 +86,9 @@ def loss_by_interval(
     each: that is what the second panel is for.
 
     Args:
-        series: name -> (I,) mean losses; NaN leaves a gap.
+        series: Name -> (I,) mean losses; NaN leaves a gap.
         boundaries: (I + 1,) ends of the intervals.
-        errors: name -> (I,) standard errors of those means, drawn as bars. The second panel has
+        errors: Name -> (I,) standard errors of those means, drawn as bars. The second panel has
             each series' own, in per cent of the first series, not those of a paired difference.
     """
     losses = {name: np.asarray(values, dtype=float) for name, values in series.items()}
@@ -113,7 +113,7 @@ def loss_by_interval(
 
 
 def loss_matrix(matrix: ArrayLike, boundaries: ArrayLike) -> Figure:
-    """Draw the loss of every expert on every interval, as figure 4c of arXiv 2412.05628.
+    """Draw the loss of every expert on every interval, as figure 4c of arXiv:2412.05628.
 
     Columns differ by orders of magnitude, so a cell shows by how many per cent the expert is
     worse than the best one on that interval. A frame marks the best.
@@ -153,8 +153,8 @@ def loss_curve(series: Mapping[str, tuple[ArrayLike, ArrayLike]], *, window: int
     """Draw losses over training: running means, and the losses themselves faint behind them.
 
     Args:
-        series: name -> (steps (S,), losses (S,)).
-        window: how many losses a running mean spans; a fiftieth of the series when 0.
+        series: Name -> (steps (S,), losses (S,)).
+        window: Number of losses in a running mean; 0 for a fiftieth of the series.
     """
     figure = _figure(MAX_WIDTH, 4.5)
     axes = figure.subplots()

@@ -82,7 +82,7 @@ def tar_source(path: Path, split: str | None) -> Source:
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """Where an image lies in a tar."""
+    """Location of an image in a tar."""
 
     file: int
     name: str

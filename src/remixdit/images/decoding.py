@@ -42,7 +42,7 @@ def decode(encoded: bytes) -> Image.Image:
     the first frame is taken.
 
     Raises:
-        ValueError: it is no image, is truncated, too large, too small or of floating point.
+        ValueError: It is no image, is truncated, too large, too small or of floating point.
     """
     if not encoded:
         raise ValueError("the file is empty")

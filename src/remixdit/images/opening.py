@@ -16,13 +16,13 @@ def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
     """Open a collection of images.
 
     Args:
-        path_or_name: a folder of class folders, a Parquet file or a folder of them, an npz, a
+        path_or_name: A folder of class folders, a Parquet file or a folder of them, an npz, a
             WebDataset tar or a folder of them, "mnist5k", or a data set on the Hugging Face hub
             as "owner/name".
-        split: which part of it, such as "train", where there are several.
+        split: Name of the split, e.g. "train", where there are several.
 
     Raises:
-        ValueError: there is no such thing, it holds no images, or its labels make no sense.
+        ValueError: There is no such thing, it holds no images, or its labels make no sense.
     """
     if str(path_or_name) == "mnist5k":
         _check_no_split("mnist5k", split)

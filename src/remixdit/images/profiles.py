@@ -23,7 +23,7 @@ def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     profile is broken or of another kind of picture: its numbers are then taken for sRGB.
 
     Args:
-        image: in any mode but 16 bits and floating point.
+        image: An image of any mode except 16 bits and floating point.
         profile: ICC, as the file holds it.
     """
     mode = (

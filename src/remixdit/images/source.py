@@ -41,15 +41,15 @@ class Source:
     """A numbered list of pictures."""
 
     name: str
-    """What the collection is called, in index.json and in messages."""
+    """Name of the collection in index.json and in messages."""
     image_names: Sequence[str] = field(repr=False)
-    """(n,) What each image is called: its path inside the collection, or its row."""
+    """(n,) names of the images: the path inside the collection, or the row."""
     class_labels: np.ndarray = field(repr=False)
     """(n,) int64 in [0, num_classes), or -1 for an image without a label."""
     class_names: tuple[str, ...] = ()
-    """One name a class; empty when nothing is labelled."""
+    """Names of the classes; empty if no image has a label."""
     fingerprint: str
-    """Changes when images are added, removed, renamed or relabelled, or change their size."""
+    """A digest that changes if images are added, removed, renamed, relabelled or resized."""
     read: Callable[[int], bytes | np.ndarray] = field(repr=False)
     """Image i as the bytes of its file, or as (H, W) or (H, W, 3) uint8.."""
 
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, 0 when nothing is labelled."""
+        """Number of classes; 0 if no image has a label."""
         return len(self.class_names)
 
     @cached_property

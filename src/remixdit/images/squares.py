@@ -36,7 +36,7 @@ class PictureBatch(NamedTuple):
     pixels: np.ndarray
     """(B, C, S, S) uint8."""
     class_labels: np.ndarray
-    """(B,) int64, -1 where there is none."""
+    """(B,) int64, -1 for an image without a label."""
     skipped: list[Skipped]
 
 
@@ -48,7 +48,7 @@ class Pictures:
     image_size: int
     channels: int
     refuse_colour: bool
-    """Grey was guessed from some of the images, not asked for: a coloured one proves it wrong."""
+    """Whether a coloured image is an error: grey was guessed from a few images, not requested."""
     random_crop: bool
     seed: int
     strict: bool

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from remixdit.diffusion.dit import DiT
-from remixdit.interchange import files
+from remixdit.files import new_directory, refuse_occupied
 from remixdit.interchange.layout import official_state
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
@@ -46,15 +46,15 @@ class ExportConfig:
     """A model to export."""
 
     checkpoint: str
-    """A model directory, a run, a checkpoint of one, or a model of the Hugging Face hub."""
+    """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
     output: Path
-    """The directory to write: new, or empty."""
+    """Directory for the exported files; must be new or empty."""
     format: str = "dit"
-    """dit: one expert under the published names; experts: all; diffusers: one, for diffusers."""
+    """dit: one expert, published names; experts: all of them; diffusers: one, for diffusers."""
     expert: int | None = None
-    """Which expert, in 0..N-1; not needed for N = 1 and for the format experts."""
+    """Index of the expert, in 0..N-1. Not needed for N = 1 and for the format experts."""
     ema: bool = True
-    """Take the averaged weights of a training checkpoint, not the last ones."""
+    """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be exported."""
@@ -66,7 +66,7 @@ class ExportConfig:
 
 def run_export(config: ExportConfig) -> None:
     """Export a model; the output directory is written whole or not at all."""
-    files.refuse_occupied(config.output)
+    refuse_occupied(config.output)
     model = load_model(config.checkpoint, ema=config.ema)
     if config.format == "experts":
         export_experts(model, config.output)
@@ -88,7 +88,7 @@ def export_dit(model: RemixDiT, directory: str | Path, expert: int | None = None
         The file. `import_checkpoint` reads it back.
     """
     index = chosen_expert(model, expert)
-    with files.new_directory(Path(directory)) as beside:
+    with new_directory(Path(directory)) as beside:
         write_dit(model, index, beside / "dit.safetensors")
     return Path(directory) / "dit.safetensors"
 
@@ -116,7 +116,7 @@ def export_experts(model: RemixDiT, directory: str | Path) -> None:
         "network": settings["network"],
         **{name: settings[name] for name in fields},
     }
-    with files.new_directory(Path(directory)) as beside:
+    with new_directory(Path(directory)) as beside:
         for number, name in enumerate(names):
             write_dit(model, number, beside / f"{name}.safetensors")
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
@@ -132,7 +132,7 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
     another way than any DiT is trained with, so its output is only near.
 
     Args:
-        model: With classes and an `mlp_ratio` of 4: diffusers has no other DiT.
+        model: A model with classes and an `mlp_ratio` of 4: diffusers has no other DiT.
         directory: New or empty.
         expert: In [0, N); not needed for N = 1.
     """
@@ -146,7 +146,7 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
     plain = model.expert(index)
     converted = remixdit_transformer.RemixExpertTransformer(**diffusers_config(plain))
     converted.load_state_dict(diffusers_state(plain))
-    with files.new_directory(Path(directory)) as beside:
+    with new_directory(Path(directory)) as beside:
         converted.save_pretrained(beside)
         source = Path(remixdit_transformer.__file__)
         shutil.copyfile(source, beside / source.name)

@@ -1,12 +1,10 @@
-"""Foreign weights read without running code, and directories written whole or not at all."""
+"""Foreign weights, read without running code."""
 
 import argparse
 import re
-import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["new_directory", "read_tensors", "refuse_occupied"]
+__all__ = ["read_tensors"]
 
 
 def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -22,13 +20,13 @@ def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[
 
     Args:
         path: The file.
-        ema: Of a training checkpoint, take the averaged weights where it has any.
+        ema: Take the averaged weights of a training checkpoint where it has any.
 
     Returns:
         The tensors on the CPU, as they were saved, and the metadata of a `.safetensors` file.
 
     Raises:
-        ValueError: the file is not there, holds something else, or reading it would run code.
+        ValueError: The file is not there, holds something else, or reading it would run code.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint must be a file, got {path}")
@@ -94,34 +92,3 @@ def state_dict_in(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
             f"than tensors under {', '.join(others[:5])} in {path}"
         )
     return {str(name): value for name, value in content.items()}
-
-
-def refuse_occupied(directory: Path) -> None:
-    """Refuse to write where anything is: it could be a model that took days to train."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"output must be a new or an empty directory, got {directory}")
-
-
-@contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
-    """Give a directory to write to that takes its place at the end, or vanishes on an error."""
-    refuse_occupied(directory)
-    directory = directory.resolve()
-    exists = directory.exists()
-    # An empty directory may be a mount point, which nothing can be renamed to.
-    beside = directory / ".partial" if exists else directory.with_name(f".{directory.name}.partial")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        if exists:
-            for path in beside.iterdir():
-                path.rename(directory / path.name)
-        else:
-            beside.rename(directory)
-    except OSError as error:
-        raise ValueError(
-            f"output must be a directory that can be written, got {directory}: {error.strerror}"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from remixdit.interchange.files import new_directory, read_tensors, refuse_occupied
+from remixdit.files import new_directory, refuse_occupied
+from remixdit.interchange.files import read_tensors
 from remixdit.interchange.layout import (
     LOGITS,
     check_shapes,
@@ -29,24 +30,24 @@ PUBLISHED_LICENSE = "cc-by-nc-4.0"  # of the released weights of DiT and of Remi
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What the file does not tell."""
+    """Facts about a model that its file may not contain."""
 
     num_heads: int | None = None
-    """Attention heads; known for the widths of S, B, L and XL, asked for otherwise."""
+    """Number of attention heads; required for widths other than those of S, B, L and XL."""
     input_size: int | None = None
-    """Height and width of the latents; asked for where the file has no pos_embed."""
+    """Height and width of the latents; required if the file has no pos_embed."""
     num_bases: int | None = None
-    """K that a plain DiT is remixed into; without it, it stays plain (K = N = 1)."""
+    """Number of bases (K) to remix a plain DiT into. By default it stays plain (K = N = 1)."""
     num_experts: int | None = None
-    """N that a plain DiT is remixed into."""
+    """Number of experts (N) to remix a plain DiT into; required with num_bases."""
     class_names: tuple[str, ...] = ()
-    """One name a class."""
+    """Names of the classes, in the order of their labels."""
     autoencoder: str = "none"
-    """Of the latents: none, an id on the Hugging Face hub, or a directory."""
+    """Autoencoder of the latents: none, an id on the Hugging Face Hub, or a directory."""
     license: str | None = None
-    """Of the weights; without it cc-by-nc-4.0, that of the released weights, with a warning."""
+    """Licence of the weights. By default cc-by-nc-4.0, as released, with a warning."""
     ema: bool = True
-    """Take the averaged weights of a training checkpoint, not the last ones."""
+    """Use the averaged (EMA) weights of a training checkpoint rather than its last ones."""
 
     def __post_init__(self) -> None:
         """Refuse half of a mixture."""
@@ -64,9 +65,9 @@ class ImportConfig(ImportOptions):
     """A checkpoint to import."""
 
     source: Path
-    """A .pt or .safetensors file of a DiT or a Remix-DiT, under the published names."""
+    """A .pt or .safetensors file of a DiT or a Remix-DiT, with the published parameter names."""
     output: Path
-    """The model directory to write: new, or empty."""
+    """Directory for the model; must be new or empty."""
 
 
 def run_import(config: ImportConfig) -> RemixDiT:
@@ -92,7 +93,7 @@ def import_checkpoint(path: str | Path, **options: Any) -> RemixDiT:
         options: Fields of `ImportOptions`.
 
     Raises:
-        ValueError: the file is not such a checkpoint, or an option is missing or contradicts it.
+        ValueError: The file is not such a checkpoint, or an option is missing or contradicts it.
     """
     return model_from_file(Path(path), ImportOptions(**options))
 

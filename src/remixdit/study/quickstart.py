@@ -26,12 +26,14 @@ from PIL import Image
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiTConfig
-from remixdit.evaluation.losses import held_out, interval_losses, loss_matrix
+from remixdit.evaluation.held_out import held_out
+from remixdit.evaluation.losses import interval_losses, loss_matrix
 from remixdit.figures import plots
 from remixdit.figures.grids import image_grid
 from remixdit.figures.html import Block, Commands, Heading, Picture, Table, Text, write_report
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
+from remixdit.progress import Progress
 from remixdit.sampling.sampler import SamplingConfig, sample
 from remixdit.seeds import generator_for
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
@@ -72,15 +74,6 @@ class QuickstartConfig:
     """fp32, bf16, or auto: bf16 where the hardware is fast at it."""
 
 
-class Progress(NamedTuple):
-    """How far the quickstart is."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
-
-
 class Result(NamedTuple):
     """One finished model."""
 
@@ -94,7 +87,7 @@ def quickstart(config: QuickstartConfig) -> Iterator[Progress]:
     yield from prepare_digits(config)
     for stage in ("pretrained", "continued", "remixed"):
         for progress in train(stage_config(config, stage)):
-            yield Progress(stage, progress.step, progress.steps, loss_note(progress.metrics))
+            yield progress._replace(stage=stage)
     results: dict[str, Result] = {}
     for stage in ("pretrained", "continued", "remixed"):
         yield Progress(f"measure {stage}", len(results), 3)
@@ -105,13 +98,6 @@ def quickstart(config: QuickstartConfig) -> Iterator[Progress]:
     yield Progress("draw", 1, 1)
 
 
-def loss_note(metrics: dict[str, float] | None) -> str:
-    """Return what to show beside the bar."""
-    if metrics is None:
-        return ""
-    return f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s"
-
-
 def prepare_digits(config: QuickstartConfig) -> Iterator[Progress]:
     """Encode the digits once: 500 drawn by seed are held out."""
     source = open_source("mnist5k")
@@ -119,8 +105,7 @@ def prepare_digits(config: QuickstartConfig) -> Iterator[Progress]:
     parts = {"held-out": np.sort(order[:NUM_HELD_OUT]), "train": np.sort(order[NUM_HELD_OUT:])}
     for part, indices in parts.items():
         digits = source.subset(indices, f"mnist5k-{part}")
-        for progress in encode(digits, data_dir(config, part), EncodeConfig(image_size=IMAGE_SIZE)):
-            yield Progress("data", progress.images_done, progress.num_images)
+        yield from encode(digits, data_dir(config, part), EncodeConfig(image_size=IMAGE_SIZE))
 
 
 def data_dir(config: QuickstartConfig, part: str) -> Path:

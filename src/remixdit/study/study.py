@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,25 +31,28 @@ from remixdit.data import ShardDataset
 from remixdit.data.autoencoder import load_autoencoder
 from remixdit.diffusion.costs import training_flops
 from remixdit.diffusion.intervals import Intervals
+from remixdit.evaluation.feature_sets import FeatureSet, image_features, reference_features
 from remixdit.evaluation.features import load_extractor, metric_name
+from remixdit.evaluation.held_out import held_out
 from remixdit.evaluation.image_sets import open_images
-from remixdit.evaluation.losses import held_out, interval_losses
+from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
-from remixdit.evaluation.scores import FeatureSet, image_features, reference_features
 from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
+from remixdit.progress import Progress, finish
 from remixdit.sampling.sampler import SamplingConfig, sample
 from remixdit.study.report import write_study
-from remixdit.study.variants import START, chosen_variants, run_config, variant
+from remixdit.study.variants import START, chosen_variants, independent_runs, run_config, variant
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training.loop import train
 from remixdit.training.optimizer import OptimizerConfig
 from remixdit.training.run import check_run, claim_run, read_metrics
+from remixdit.training.start import training_strata
 
-__all__ = ["Done", "StudyConfig", "study"]
+__all__ = ["StudyConfig", "study"]
 
 NUM_INTERVALS = 40  # of the measurement: no coarser than any usual N, so that curves compare
 GRID_IMAGES = 40
@@ -139,15 +142,7 @@ class Cell(NamedTuple):
     seed: int
 
 
-class Done(NamedTuple):
-    """How far a study is."""
-
-    done: int
-    cells: int
-    note: str
-
-
-def study(config: StudyConfig) -> Iterator[Done]:
+def study(config: StudyConfig) -> Iterator[Progress]:
     """Run the cells that are missing, then write the report; yields after every cell."""
     cells = cells_of(config)
     refuse_unfit(config, cells)
@@ -156,11 +151,11 @@ def study(config: StudyConfig) -> Iterator[Done]:
     check_study(config.output_dir, settings)
     claim_run(config.output_dir, settings)
     missing = [cell for cell in cells if not result_path(config, cell).is_file()]
-    done = len(cells) - len(missing)
-    yield Done(done, len(cells), "")
+    done, stage = len(cells) - len(missing), f"study {config.name}"
+    yield Progress(stage, done, len(cells))
     for cell in run_cells(config, missing):
         done += 1
-        yield Done(done, len(cells), f"{cell.variant} {cell.seed}")
+        yield Progress(stage, done, len(cells), f"{cell.variant} {cell.seed}")
         write_results(config, cells)
     write_results(config, cells)
 
@@ -204,7 +199,9 @@ def run_cells(config: StudyConfig, cells: list[Cell]) -> Iterator[Cell]:
     threads = max(1, (os.cpu_count() or 1) // config.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded there
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
+    # A process of its own for each cell: what one leaves behind, such as compiled graphs up to the
+    # limit of recompilations, must not slow another down.
+    with ProcessPoolExecutor(config.workers, mp_context=context, max_tasks_per_child=1) as pool:
         futures: dict[Future[None], Cell] = {
             pool.submit(run_cell, config, cell, threads): cell for cell in cells
         }
@@ -228,12 +225,13 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
         model = start
     else:
         run = run_config(variant(cell.variant), common_run(config, cell, start))
-        for _ in train(run):
-            pass
-        half = load_model(run.output_dir / "checkpoints" / f"step-{run.steps // 2:08d}")
+        parts = independent_runs(variant(cell.variant), run)
+        for part in parts:
+            finish(train(part))
+        half = trained_model(parts, f"checkpoints/step-{parts[0].steps // 2:08d}")
         result["half"] = {"images": run.steps // 2 * run.batch_size, **measured(config, half)[0]}
-        model = load_model(run.output_dir)
-        result |= cost_of(run, model)
+        model = trained_model(parts)
+        result |= cost_of(run, parts, model)
         coefficients = model.experts.coefficients().detach()
         result["coefficients"] = coefficients.tolist() if model.num_experts <= 20 else None
     facts_of_losses, losses = measured(config, model)
@@ -244,6 +242,22 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
     text = json.dumps(result, indent=1) + "\n"
     write_file(result_path(config, cell), lambda beside: beside.write_text(text, "utf-8"))
     shutil.rmtree(directory / "run" / "checkpoints", ignore_errors=True)  # needed until here
+
+
+def trained_model(parts: Sequence[TrainConfig], where: str = "") -> RemixDiT:
+    """Return the model of a run, or of the runs of independent experts."""
+    models = [load_model(part.output_dir / where) for part in parts]
+    if len(models) == 1:
+        return models[0]
+    strata = training_strata(models[0].config, parts[0])
+    first = models[0].config
+    return RemixDiT.from_experts(
+        [model.expert(0) for model in models],
+        strata.boundaries,
+        prediction_type=first.prediction_type,
+        class_names=first.class_names,
+        autoencoder=first.autoencoder,
+    )
 
 
 def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
@@ -279,20 +293,27 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
     )
 
 
-def cost_of(run: TrainConfig, model: RemixDiT) -> dict[str, Any]:
-    """Return what a run cost: images, operations, and the seconds of its steps."""
-    images = run.steps * run.batch_size
-    speeds = [row["images_per_second"] for row in read_metrics(run.output_dir)]
+def cost_of(run: TrainConfig, parts: Sequence[TrainConfig], model: RemixDiT) -> dict[str, Any]:
+    """Return what a cell cost: images, operations, and the seconds of its steps.
+
+    Args:
+        run: Of the cell.
+        parts: The runs that it was trained in.
+        model: Trained.
+    """
+    images = sum(part.steps * part.batch_size for part in parts)
+    mixing = 0 if len(parts) > 1 else run.steps * mixing_flops(model, run.strata_per_step)
+    speeds = [row["images_per_second"] for part in parts for row in read_metrics(part.output_dir)]
     return {
         "images": images,
         "network_flops": images * training_flops(model.config.network),
         "intervals": run.interval_policy,
-        "mixing_flops": run.steps * mixing_flops(model, run.strata_per_step),
+        "mixing_flops": mixing,
         # The median of the windows, as other work may disturb some of them.
         "seconds": images / median(speeds),
         "num_bases": model.num_bases,
         "num_experts": model.num_experts,
-        "experts_per_step": run.strata_per_step,
+        "experts_per_step": 1 if len(parts) > 1 else run.strata_per_step,
     }
 
 

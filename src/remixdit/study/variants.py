@@ -34,6 +34,10 @@ class Variant:
     """Of the study's learning rate."""
     stratified: bool = False
     """A plain DiT with timesteps spread evenly over the intervals in every batch."""
+    num_independent: int = 0
+    """Number of plain DiTs, each trained on an interval of its own; 0 for one model."""
+    shares_batches: bool = False
+    """Independent experts get a part of every batch, instead of a part of the steps."""
 
 
 PLAIN = {"num_bases": 1, "num_experts": 1}
@@ -45,16 +49,10 @@ PUBLISHED = {
 }
 
 
-def independent(count: int, experts_per_step: int, summary: str) -> Variant:
-    """Return experts that share nothing, not even what the mixtures share."""
-    mixture = {
-        "num_bases": count,
-        "num_experts": count,
-        "experts_per_step": experts_per_step,
-        "mixed": "all",
-        "coefficients": "one_hot",
-    }
-    return Variant(summary, mixture)
+def independent(count: int, shares_batches: bool, summary: str) -> Variant:
+    """Return experts that share nothing, not even what the mixtures share: plain trainings."""
+    intervals = {} if shares_batches else {"intervals": "uniform"}
+    return Variant(summary, PLAIN | intervals, num_independent=count, shares_batches=shares_batches)
 
 
 VARIANTS = {
@@ -72,10 +70,10 @@ VARIANTS = {
         "the stratified plain DiT with a quarter more images", PLAIN, stratified=True, share=1.25
     ),
     "independent": independent(
-        8, 1, "8 independent experts, one a step: each gets 1/8 of the steps (as published)"
+        8, False, "8 independent experts, one a step: each gets 1/8 of the steps (as published)"
     ),
     "independent-shared": independent(
-        8, 0, "8 independent experts share every batch: each gets 1/8 of its images"
+        8, True, "8 independent experts share every batch: each gets 1/8 of its images"
     ),
     "one-hot": Variant("each basis serves N/K intervals alone", {"coefficients": "one_hot"}),
     "published": Variant("softmax, one expert a step, the prior from 1e-4 to 0", PUBLISHED),
@@ -221,6 +219,43 @@ def run_config(variant: Variant, common: TrainConfig) -> TrainConfig:
         objective=objective,
         optimizer=replace(common.optimizer, learning_rate=rate, **dict(variant.optimizer)),
     )
+
+
+def independent_runs(variant: Variant, run: TrainConfig) -> tuple[TrainConfig, ...]:
+    """Return the runs that a variant is trained in: one, or one for each independent expert.
+
+    Together they take as many images as one run would.
+    """
+    count = variant.num_independent
+    if not count:
+        return (run,)
+    steps, batch_size = run.steps // count, run.batch_size
+    policy = run.mixture.intervals
+    if variant.shares_batches:
+        # Cut as those of experts that share every batch are.
+        steps, batch_size, policy = run.steps, run.batch_size // count, shared_policy(run)
+    if min(steps, batch_size) < 1:
+        raise ValueError(
+            f"steps and batch_size must be at least the {count} independent experts, "
+            f"got {run.steps} and {run.batch_size}"
+        )
+    return tuple(
+        replace(
+            run,
+            output_dir=run.output_dir / f"expert-{expert}",
+            steps=steps,
+            batch_size=batch_size,
+            mixture=replace(run.mixture, intervals=policy),
+            objective=replace(run.objective, interval=f"{expert}/{count}"),
+            output=replace(run.output, save_every=max(1, steps // 2)),
+        )
+        for expert in range(count)
+    )
+
+
+def shared_policy(run: TrainConfig) -> str:
+    """Return how intervals are cut where every step holds all of them."""
+    return "log_snr" if run.objective.prediction_type == "epsilon" else "uniform"
 
 
 def strata_of(mixture: MixtureConfig, batch_size: int) -> int:

@@ -16,14 +16,13 @@ A run is a directory:
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator, Sequence
 
 from remixdit import distributed
 from remixdit.data import EncodeConfig, ShardDataset, check_batch_size, prepare
-from remixdit.data import Progress as Encoded
 from remixdit.distributed import Ranks
 from remixdit.model.loading import newest_checkpoint, steps_done
+from remixdit.progress import Progress, finish
 from remixdit.training.config import MAY_CHANGE, TrainConfig
 from remixdit.training.recorder import Recorder, is_due
 from remixdit.training.run import DATA_DIR, check_run, claim_run
@@ -35,35 +34,22 @@ from remixdit.training.start import (
 )
 from remixdit.training.trainer import Training
 
-__all__ = ["Progress", "train"]
+__all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
 
-Report = Callable[[Encoded], None]
-
-
-class Progress(NamedTuple):
-    """What a run reports after every step."""
-
-    step: int
-    """Steps done."""
-    steps: int
-    experts: tuple[int, ...]
-    """The experts, or strata, of this step."""
-    metrics: dict[str, Any] | None
-    """The line of metrics, when one was written."""
-
-
-def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progress]:
-    """Train, step by step; every step is reported.
+def train(config: TrainConfig) -> Generator[Progress, None, None]:
+    """Train, step by step; every step is reported, and before the first how data are encoded.
 
     The caller may stop asking at any time: the run goes on from its last checkpoint when the same
-    configuration is trained again.
+    configuration is trained again. The numbers of a run are in its `metrics.jsonl`.
 
     Args:
         config: The run.
-        report: Is told how far the data are encoded, where they have to be, before the first step.
+
+    Yields:
+        The stages "encode", where the data have to be, and "train", in steps.
     """
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
@@ -75,7 +61,7 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
     # Encoded data are told by their digest; others, before the effort, by where they are.
     unknown = "data" if settings["data_digest"] else "data_digest"
     check_run(config.output_dir, settings, {*MAY_CHANGE, unknown})
-    dataset = open_dataset(config, ranks, report)
+    dataset = yield from open_dataset(config, ranks)
     settings["data_digest"] = dataset.digest
     check_run(config.output_dir, settings, {*MAY_CHANGE, "data"})
     if ranks.is_first and (remark := stretched_schedules(config)):
@@ -98,7 +84,7 @@ def train(config: TrainConfig, report: Report | None = None) -> Iterator[Progres
 
 def steps_of(config: TrainConfig, training: Training) -> Iterator[Progress]:
     """Take the steps that are left."""
-    recorder = Recorder(config, training)
+    recorder, loss = Recorder(config, training), ""
     try:
         for inputs in training.batches():
             if training.step >= config.steps:
@@ -110,12 +96,21 @@ def steps_of(config: TrainConfig, training: Training) -> Iterator[Progress]:
             metrics = None
             if is_due(training.step, config, config.output.log_every, config.output.save_every):
                 metrics = training.metrics()
+                loss = f"loss {metrics['loss']:.4f}, "
             recorder.record(metrics)
-            yield Progress(training.step, config.steps, inputs.plan.strata, metrics)
+            note = loss + experts_note(inputs.plan.strata)
+            yield Progress("train", training.step, config.steps, note)
         recorder.finish()
     finally:
         recorder.close()
     distributed.barrier()
+
+
+def experts_note(experts: Sequence[int]) -> str:
+    """Return which experts, or strata, a step trained."""
+    if len(experts) > 4:
+        return f"{len(experts)} experts"
+    return f"expert{'s' * (len(experts) > 1)} {' '.join(map(str, experts))}"
 
 
 def check_steps(config: TrainConfig) -> None:
@@ -136,15 +131,15 @@ def check_shard_size(config: TrainConfig, ranks: Ranks) -> None:
         )
 
 
-def open_dataset(config: TrainConfig, ranks: Ranks, report: Report | None) -> ShardDataset:
+def open_dataset(config: TrainConfig, ranks: Ranks) -> Generator[Progress, None, ShardDataset]:
     """Open the shards, or encode the pixels of a source into the run's directory once."""
     size = config.image_size or config.network.input_size
     encode = EncodeConfig(image_size=size, seed=config.seed, strict=config.strict)
     cache = config.output_dir / DATA_DIR
     if ranks.is_first:
-        tell_of_skipped(config, prepare(config.data, cache, encode, report=report))
+        tell_of_skipped(config, (yield from prepare(config.data, cache, encode)))
     distributed.barrier()
-    return prepare(config.data, cache, encode)
+    return finish(prepare(config.data, cache, encode))
 
 
 def tell_of_skipped(config: TrainConfig, dataset: ShardDataset) -> None:

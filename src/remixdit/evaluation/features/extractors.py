@@ -22,12 +22,13 @@ from remixdit.evaluation.features.inception import (
     load_inception,
     resize_like_tensorflow,
 )
+from remixdit.files import file_digest
 
 DEFAULT_DINOV2 = "facebook/dinov2-large"  # ViT-L/14, the usual choice for this metric
 
 
 class Features(NamedTuple):
-    """What an extractor sees in a batch of images; None for what it has no output for."""
+    """Features of a batch of images; None for an output that the extractor does not have."""
 
     pool: Tensor  # (B, F) float32
     logits: Tensor | None = None  # (B, classes), for the inception score
@@ -39,7 +40,7 @@ class Extractor:
     """A network in evaluation mode, in float32, and the facts that identify it."""
 
     name: str
-    """Goes into the name of every score, see `metric_name`."""
+    """Name of the extractor, a part of every score's name (see `metric_name`)."""
     num_features: int
     """F, the width of `Features.pool`."""
     resize: str
@@ -47,7 +48,7 @@ class Extractor:
     digest: str
     """SHA-256 of the weights."""
     device: torch.device
-    """Where it runs; images may come from anywhere."""
+    """Device of the network; images may be on any device."""
     forward: Callable[[Tensor], Features]
     """Maps (B, 3, H, W) in [0, 255] to features."""
 
@@ -77,9 +78,9 @@ def load_extractor(
 
     Args:
         name: "lite0" (EfficientNet-Lite0, works offline), "inception" (FID's own) or "dinov2".
-        weights: for "inception" a .pth or .safetensors file, or "download"; for "dinov2" a hub id
+        weights: For "inception" a .pth or .safetensors file, or "download"; for "dinov2" a hub id
             or a directory; for "lite0" a file in place of the installed one.
-        device: where to run it.
+        device: Device to run it on.
     """
     if name not in _LOADERS:
         raise ValueError(f"extractor must be one of {', '.join(sorted(_LOADERS))}, got {name}")
@@ -90,7 +91,7 @@ def metric_name(metric: str, extractor_name: str) -> str:
     """Return what a score may be called: plain, as "FID", only with FID's own Inception.
 
     Args:
-        metric: such as "FID", "sFID", "KID", "IS", "precision".
+        metric: A name, e.g. "FID", "sFID", "KID", "IS" or "precision".
         extractor_name: `Extractor.name`; any but "inception" is appended.
     """
     return metric if extractor_name == "inception" else f"{metric}-{extractor_name}"
@@ -115,7 +116,7 @@ def _load_lite0(weights: str | Path | None, device: torch.device) -> Extractor:
         return Features(pool, logits=network._fc(pool))
 
     rule = "bilinear, antialiased, to the nearest multiple of 32 pixels from 96 to 224"
-    return Extractor("lite0", 1280, rule, _file_digest(path), device, forward)
+    return Extractor("lite0", 1280, rule, file_digest(path), device, forward)
 
 
 def _lite0_side(side: int) -> int:
@@ -131,7 +132,7 @@ def _load_inception(weights: str | Path | None, device: torch.device) -> Extract
             f"{Path(INCEPTION_URL).name}, or 'download', got None"
         )
     path = _download_inception() if str(weights) == "download" else Path(weights)
-    digest = _file_digest(path)
+    digest = file_digest(path)
     network = load_inception(path).to(device)
 
     def forward(pixels: Tensor) -> Features:
@@ -192,11 +193,6 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images must be uint8, got {images.dtype}")
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(f"images must have the shape (B, H, W, 1 or 3), got {tuple(images.shape)}")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensor_digest(weights: Mapping[str, Tensor]) -> str:

@@ -24,13 +24,13 @@ Statistics = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Reference:
-    """What a file holds; images stay on disk until asked for."""
+    """Contents of a reference file; images stay on disk until they are read."""
 
     path: Path
     pool: Statistics | None
     """Mean (F,) and covariance (F, F), float64."""
     spatial: Statistics | None
-    """The same of the spatial features."""
+    """Mean and covariance of the spatial features, likewise."""
     image_shape: tuple[int, ...] | None
     """(B, H, W, C)."""
 
@@ -76,9 +76,9 @@ def write_statistics(path: str | Path, pool: Statistics, spatial: Statistics | N
     """Write statistics that `read_reference`, and other tools, can read.
 
     Args:
-        path: of the .npz file.
-        pool: mean (F,) and covariance (F, F).
-        spatial: the same of the spatial features.
+        path: Path of the .npz file.
+        pool: Mean (F,) and covariance (F, F).
+        spatial: Mean and covariance of the spatial features.
     """
     arrays = {"mu": pool[0], "sigma": pool[1]}
     if spatial is not None:

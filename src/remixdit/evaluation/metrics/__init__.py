@@ -1,9 +1,9 @@
 """Features of images => numbers: pure functions, in float64, on the device of the features.
 
-    frechet_distance = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))                arXiv 1706.08500
-    kernel_distance  = E k(x, x') + E k(y, y') - 2 E k(x, y), k = (x.y / F + 1)^3 arXiv 1801.01401
-    inception_score  = exp(E KL(p(class | image) || p(class)))                    arXiv 1606.03498
-    precision_recall = fractions inside the other set's k-nearest-neighbour balls arXiv 1904.06991
+    frechet_distance = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))                arXiv:1706.08500
+    kernel_distance  = E k(x, x') + E k(y, y') - 2 E k(x, y), k = (x.y / F + 1)^3 arXiv:1801.01401
+    inception_score  = exp(E KL(p(class | image) || p(class)))                    arXiv:1606.03498
+    precision_recall = fractions inside the other set's k-nearest-neighbour balls arXiv:1904.06991
 
 Distances are better when lower, the rest when higher. What a score may be called depends on the
 extractor that made the features: `remixdit.features.metric_name` says it.

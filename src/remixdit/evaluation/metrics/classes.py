@@ -17,8 +17,8 @@ def inception_score(logits: Tensor, *, num_splits: int = 10, seed: int = 0) -> S
 
     Args:
         logits: (B, C), at least `num_splits` images; logarithms of probabilities do as well.
-        num_splits: parts of equal size, each scored against its own marginal.
-        seed: of the shuffle before splitting, for images often come sorted by class.
+        num_splits: Number of parts of equal size, each scored against its own marginal.
+        seed: Seed for the shuffle before splitting: images often come sorted by class.
     """
     if num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, got {num_splits}")
@@ -66,8 +66,8 @@ def fit_linear_probe(
     Args:
         features: (B, F).
         class_labels: (B,) integers in [0, C).
-        penalty: positive.
-        max_steps: of L-BFGS.
+        penalty: Weight of the penalty, positive.
+        max_steps: Maximum number of L-BFGS steps.
     """
     check_features("features", features, at_least=2)
     _check_labels(features, class_labels)

@@ -81,8 +81,8 @@ def frechet_distance(real: tuple[Tensor, Tensor], fake: tuple[Tensor, Tensor]) -
     From features it is biased upward, by about 1 / B: compare at equal numbers of images.
 
     Args:
-        real: mean (F,) and covariance (F, F).
-        fake: mean (F,) and covariance (F, F).
+        real: Mean (F,) and covariance (F, F).
+        fake: Mean (F,) and covariance (F, F).
     """
     real, fake = _gaussian_pair("real", real), _gaussian_pair("fake", fake)
     if len(real.mean) != len(fake.mean):
@@ -98,10 +98,10 @@ def jackknife_frechet(
     """Return the Fréchet distance to a fixed reference, with the error of leaving groups out.
 
     Args:
-        real: mean (F,) and covariance (F, F) of the reference, taken as exact.
+        real: Mean (F,) and covariance (F, F) of the reference, taken as exact.
         fake: (B, F) features of the images under test, at least 2 images a group.
-        num_groups: at least 2; 20 give the standard error to about 16 %.
-        seed: of the division into groups.
+        num_groups: Number of groups, at least 2; 20 give the standard error to about 16 %.
+        seed: Seed for the division into groups.
     """
     if num_groups < 2:
         raise ValueError(f"num_groups must be at least 2, got {num_groups}")
@@ -131,10 +131,10 @@ def bootstrap_frechet(
     reason, so their percentiles would miss it: `interval` is centred on the value.
 
     Args:
-        real: mean (F,) and covariance (F, F) of the reference, taken as exact.
+        real: Mean (F,) and covariance (F, F) of the reference, taken as exact.
         fake: (B, F) features of the images under test.
-        num_resamples: at least 2; 50 give the standard error to 10 %.
-        seed: of the resampling.
+        num_resamples: Number of resamples, at least 2; 50 give the standard error to 10 %.
+        seed: Seed for the resampling.
     """
     if num_resamples < 2:
         raise ValueError(f"num_resamples must be at least 2, got {num_resamples}")

@@ -22,7 +22,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, chunk_size: int = 2048) -> Es
     Args:
         real: (B, F) features, at least 3 images.
         fake: (B', F) features, at least 3 images.
-        chunk_size: rows of the kernel matrix in memory at once.
+        chunk_size: Rows of the kernel matrix in memory at once.
     """
     check_pair(real, fake, at_least=3)
     real, fake = real.double(), fake.double()
@@ -46,9 +46,9 @@ def kernel_distance_subsets(
     Args:
         real: (B, F) features, at least `subset_size` images.
         fake: (B', F) features, at least `subset_size` images.
-        num_subsets: how many pairs of subsets.
-        subset_size: images in each, at least 3.
-        seed: of the draw.
+        num_subsets: Number of pairs of subsets.
+        subset_size: Number of images in each, at least 3.
+        seed: Seed for the subsets.
     """
     check_pair(real, fake, at_least=max(subset_size, 3))
     generator = torch.Generator().manual_seed(seed)

@@ -26,8 +26,8 @@ def precision_recall(
     Args:
         real: (B, F) features, more than k images.
         fake: (B', F) features, more than k images.
-        k: the ball around an image reaches to its k-th nearest neighbour, itself not counted.
-        chunk_size: rows of the distance matrix in memory at once.
+        k: The ball around an image reaches to its k-th nearest neighbour, itself not counted.
+        chunk_size: Rows of the distance matrix in memory at once.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -47,7 +47,7 @@ def nearest_neighbours(
     Args:
         samples: (B, F) features.
         references: (B', F) features.
-        chunk_size: rows of the distance matrix in memory at once.
+        chunk_size: Rows of the distance matrix in memory at once.
     """
     check_pair(references, samples, at_least=1)
     references, found = references.double(), []
@@ -81,7 +81,7 @@ def memorisation(
         samples: (B, F) features of generated images.
         train: (B', F) features.
         held_out: (B", F) features of images from the distribution of train, not in it.
-        seed: of the thinning.
+        seed: Seed for the thinning.
     """
     check_features("samples", samples)
     check_pair(train, held_out, at_least=1)

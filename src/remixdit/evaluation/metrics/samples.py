@@ -42,11 +42,12 @@ def real_floor(
 
     Args:
         real: (B, F) features.
-        num_images: how many take the place of the generated ones.
-        distance: called as distance(reference, images).
-        num_reference: how many of the others are the reference; all of them by default.
-        num_repeats: random divisions of `real`. They share images, so the deviation is a guide.
-        seed: of the divisions.
+        num_images: Number of images that take the place of generated ones.
+        distance: Called as distance(reference, images).
+        num_reference: Number of the others that are the reference; by default all of them.
+        num_repeats: Number of random divisions of `real`. They share images, so the deviation is
+            a guide.
+        seed: Seed for the divisions.
     """
     check_features("real", real, at_least=num_images + 1)
     num_reference = len(real) - num_images if num_reference is None else num_reference

@@ -1,0 +1,45 @@
+"""Models as the command line names them."""
+
+from pathlib import Path
+
+import torch
+
+from remixdit.data import is_shard_dir
+from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
+from remixdit.training.config import PRECISIONS
+
+__all__ = ["check_precision", "names_model", "open_model"]
+
+MODEL_FILES = ("config.json", "model.safetensors", "state.json", "metrics.jsonl")
+
+
+def names_model(path: str) -> bool:
+    """Whether a path, or a name of the hub, is that of a model rather than of images."""
+    found = Path(path)
+    if found.is_dir():
+        return not is_shard_dir(found) and any((found / name).is_file() for name in MODEL_FILES)
+    return is_hub_name(path)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether something that does not exist may be a model of the hub, owner/name."""
+    found = Path(path)
+    if found.exists() or found.is_absolute() or found.suffix:
+        return False
+    return len(found.parts) == 2 and not found.parent.exists()
+
+
+def open_model(path: str, *, ema: bool, precision: str, device: torch.device) -> RemixDiT:
+    """Load a model to a device, in its precision."""
+    if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
+        raise ValueError(f"{path}: no such model, nor owner/name on the hub")
+    model = load_model(path, ema=ema, device=str(device))
+    model.sample_with(PRECISIONS[precision])
+    return model
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that there is not."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
