@@ -13,7 +13,7 @@ from remixdit.mixture.names import block_of
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import TrainConfig
 
-__all__ = ["Counted", "counted", "mixed_at_once", "mixed_per_step"]
+__all__ = ["Counted", "counted", "mixed_at_once", "mixed_bytes", "mixed_per_step"]
 
 
 class Counted(NamedTuple):
@@ -100,4 +100,9 @@ def mixed_at_once(model: RemixDiT, config: TrainConfig, images: int) -> int:
         assert isinstance(layer, MixedLayer)
         numbers = sum(layer.get_parameter(own).numel() for own in layer.mixed)
         largest = max(largest, numbers // model.num_bases * (experts if layer.is_linear else 1))
-    return largest * (6 if config.precision == "bf16" else 8)
+    return largest * mixed_bytes(config.precision)
+
+
+def mixed_bytes(precision: str) -> int:
+    """Return the bytes for each number of the mixed weights of a layer, when they are most."""
+    return 6 if precision == "bf16" else 8  # 2 of the gradient and 4 of its float32; two of 4
