@@ -58,7 +58,8 @@ def measure(directory: Path, batch_size: int, num_batches: int, runs: int) -> di
     before = memory_mb()["RssAnon"]
     start = time.perf_counter()
     dataset = ShardDataset(directory)
-    batches = Loader(dataset, batch_size, seed=0).batches(first_step=1_000_000)
+    loader = Loader(dataset, batch_size, seed=0)
+    batches = loader.batches(1_000_000, lambda step, batch: batch)
     next(batches)
     first_batch_seconds = time.perf_counter() - start
     anonymous_mb, speeds, cpu = [], [], []

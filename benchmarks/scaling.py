@@ -1,10 +1,10 @@
-"""What would a step cost on up to 1,024 GPUs? Computed, nothing is run.
+"""What would a step cost on up to 1,024 GPUs? Everything is computed, nothing is run.
 
     python benchmarks/scaling.py                # the tables of docs/scaling.md
     python benchmarks/scaling.py --json         # every combination, a line of JSON each
 
-The GPU is what the data sheet of an H100 says, of whose matrix products a network is taken to reach
---flops-share. Each GPU has --images images, whatever their number.
+The GPU is an H100 by its data sheet; a network is assumed to reach the share --flops-share of its
+peak. Each GPU has --images images, however many GPUs there are.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from remixdit.training.config import MixtureConfig, TrainConfig
 NETWORKS = ("S/2", "B/2", "L/2", "XL/2")
 BASES = (1, 2, 4, 8, 16)
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# name: flag, and fields of the run
+# name: fields of the run
 WAYS = {
-    "copies": {},
+    "DDP": {},
     "--shard": {"shard": True},
     "--shard-size 8": {"shard": True, "shard_size": 8},
 }
-PARTS = ("bases", "moments", "average", "network", "gradients", "stack", "activations")
+PARTS = ("parameters", "moments", "average", "gradients", "mixed", "autocast", "activations")
 
 
 @cache
@@ -48,7 +48,6 @@ def cost_of(
         ),
         batch_size=images * gpus,
         precision="bf16",
-        compile=experts == 1,
         **WAYS[way],
     )
     return step_cost(config, gpus)
@@ -70,58 +69,58 @@ def milliseconds(seconds: float) -> str:
 
 
 def bases_table(images: int, hardware: Hardware) -> None:
-    """One machine of 8 GPUs, one expert a step: what K costs."""
+    """What K costs: 8 GPUs, all N = 20 experts in every step."""
     rows = []
     for network, num_bases in product(NETWORKS, BASES):
-        cost = cost_of(network, num_bases, 1, 8, "copies", images)
-        shared = cost_of(network, num_bases, 1, 8, "--shard", images)
-        plain = step_seconds(cost_of(network, 1, 1, 8, "copies", images), hardware)["step"]
+        cost = cost_of(network, num_bases, 20, 8, "DDP", images)
+        sharded = cost_of(network, num_bases, 20, 8, "--shard", images)
+        plain = step_seconds(cost_of(network, 1, 1, 8, "DDP", images), hardware)["step"]
         seconds = step_seconds(cost, hardware)["step"]
-        sharded = step_seconds(shared, hardware)["step"]
+        sharded_seconds = step_seconds(sharded, hardware)["step"]
         rows.append(
             (
-                *(network, num_bases, *(gigabytes(cost.memory[part]) for part in PARTS[:5])),
-                *(gigabytes(cost.memory["activations"]), gigabytes(sum(cost.memory.values()))),
-                *(gigabytes(sum(shared.memory.values())), gigabytes(cost.moved_bytes)),
+                *(network, num_bases, *(gigabytes(cost.memory[part]) for part in PARTS)),
+                gigabytes(sum(cost.memory.values())),
+                *(gigabytes(sum(sharded.memory.values())), gigabytes(cost.moved_bytes)),
                 *(gigabytes(cost.reduced_bytes), f"{1 / seconds:.3g}"),
-                *(f"{seconds / plain:.3f}", f"{sharded / plain:.3f}"),
+                *(f"{seconds / plain:.3f}", f"{sharded_seconds / plain:.3f}"),
             )
         )
-    names = (*PARTS[:5], "activations", "all", "all, `--shard`")
-    times = ("steps/s", "of plain", "of plain, `--shard`")
-    table(("network", "K", *names, "passes move", "reduced", *times), rows)
+    times = ("steps/s", "over plain", "over plain, `--shard`")
+    table(("network", "K", *PARTS, "sum", "sum, `--shard`", "moved", "reduced", *times), rows)
 
 
 def experts_table(images: int, hardware: Hardware) -> None:
-    """One machine of 8 GPUs, K = 4: what M experts a step cost."""
+    """What M experts a step cost: 8 GPUs, K = 4."""
     rows = []
-    for network, experts, way in product(NETWORKS, (1, 2, 4, 20), ("copies", "--shard")):
+    for network, experts, way in product(NETWORKS, (1, 4, 20), ("DDP", "--shard")):
         cost = cost_of(network, 4, experts, 8, way, images)
         seconds = step_seconds(cost, hardware)
         one = step_seconds(cost_of(network, 4, 1, 8, way, images), hardware)["step"]
+        mixing = (cost.moved["mixing"] + cost.moved["folding"]) / hardware.memory_bandwidth
         rows.append(
             (
-                *(network, experts, "shared out" if way == "--shard" else way),
-                "" if experts == 1 else "one pass" if cost.memory["stack"] else "turns",
-                *(gigabytes(sum(cost.memory.values())), gigabytes(cost.moved_bytes)),
-                *(gigabytes(cost.reduced_bytes), gigabytes(cost.gathered_bytes)),
-                *(milliseconds(seconds[name]) for name in ("network", "passes", "communication")),
-                *(f"{1 / seconds['step']:.3g}", f"{seconds['step'] / one:.2f}"),
+                *(network, experts, way, gigabytes(sum(cost.memory.values()))),
+                *(gigabytes(cost.moved_bytes), gigabytes(cost.reduced_bytes)),
+                *(gigabytes(cost.gathered_bytes), milliseconds(seconds["network"])),
+                *(milliseconds(mixing), milliseconds(seconds["passes"] - mixing)),
+                *(milliseconds(seconds["communication"]), f"{1 / seconds['step']:.3g}"),
+                f"{seconds['step'] / one:.2f}",
             )
         )
-    sent = ("memory", "passes move", "reduced", "gathered")
-    times = ("network, ms", "passes, ms", "sending, ms", "steps/s", "of M = 1")
-    table(("network", "M", "bases", "run in", *sent, *times), rows)
+    bytes_of = ("memory", "moved", "reduced", "gathered")
+    times = ("network, ms", "mixing, ms", "other passes, ms", "sending, ms", "steps/s")
+    table(("network", "M", "parallelism", *bytes_of, *times, "over M = 1"), rows)
 
 
 def gpus_table(images: int, hardware: Hardware) -> None:
-    """K = 4, one expert a step: what many GPUs do."""
+    """What many GPUs do: K = 4, one expert a step (the published method)."""
     rows = []
     for network, gpus in product(NETWORKS, (1, 2, 8, 16, 64, 256, 1024)):
         ways = {
             way: cost_of(network, 4, 1, gpus, way, images)
             for way in WAYS
-            if (way == "copies" or gpus > 1) and (way != "--shard-size 8" or gpus % 8 == 0)
+            if (way == "DDP" or gpus > 1) and (way != "--shard-size 8" or gpus % 8 == 0)
         }
         cells: list[str] = []
         for way in WAYS:

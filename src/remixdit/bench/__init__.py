@@ -1,8 +1,8 @@
 """What this machine does: a training step and a trajectory, ours beside plain and naive."""
 
+from remixdit.bench.config import BenchConfig
 from remixdit.bench.loader import LoaderConfig, bench_loader
 from remixdit.bench.sampling import bench_sampling
-from remixdit.bench.steps import BenchConfig
 from remixdit.bench.timing import Timing, Under
 from remixdit.bench.training import bench_training
 

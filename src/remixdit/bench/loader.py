@@ -28,7 +28,7 @@ class LoaderConfig:
 def bench_loader(config: LoaderConfig) -> dict[str, Any]:
     """Time batches as training gets them, shuffled and made ahead in threads."""
     loader = Loader(ShardDataset(config.shards), config.batch_size)
-    batches = loader.batches()
+    batches = loader.batches(0, lambda step, batch: batch)
     for _ in range(1 + config.steps // 10):
         batch = next(batches)
     seconds = []

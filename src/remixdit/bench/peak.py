@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from remixdit import distributed
-from remixdit.bench.steps import BenchConfig, Builder, sampling_variants, training_variants
+from remixdit.bench.config import BenchConfig
+from remixdit.bench.steps import Builder, training_variants
+from remixdit.bench.trajectories import sampling_variants
 from remixdit.machine import (
     can_reset_peak,
     peak_resident_bytes,
@@ -25,7 +27,7 @@ from remixdit.machine import (
     resident_bytes,
 )
 
-__all__ = ["peak_bytes"]
+__all__ = ["VARIANTS", "peak_bytes"]
 
 # Of glibc: blocks from this size on have pages of their own, which are given back at once.
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -64,17 +66,17 @@ def measure(config: BenchConfig, what: str, name: str) -> int:
     config = replace(config, num_inference_steps=steps)
     build = VARIANTS[what](config)[name]
     if device.type == "cuda":
-        return peak_on_gpu(build, device)
+        return peak_on_gpu(build)
     tiny = replace(config, network="64x2/2", input_size=4)
-    run(VARIANTS[what](tiny)[name], device)
+    run(VARIANTS[what](tiny)[name])
     gc.collect()
     before = resident_bytes()
-    return run(build, device) - before
+    return run(build) - before
 
 
-def run(build: Builder, device: torch.device) -> int:
+def run(build: Builder) -> int:
     """Run a few steps; return the peak of resident memory in the last."""
-    step = build(device)
+    step = build()
     for index in range(2):  # compiles, and touches all that it keeps
         step(index)
     gc.collect()
@@ -83,9 +85,9 @@ def run(build: Builder, device: torch.device) -> int:
     return peak_resident_bytes()
 
 
-def peak_on_gpu(build: Builder, device: torch.device) -> int:
+def peak_on_gpu(build: Builder) -> int:
     """Return the most bytes that torch had handed out during a step."""
-    step = build(device)
+    step = build()
     for index in range(2):
         step(index)
     torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""What a network costs: floating-point operations, and the activations kept for the way back.
+"""What a network costs: floating-point operations, and the activations kept for the backward pass.
 
-An operation is counted as two a multiply-add. Counted are matrix products and convolutions, as
-`torch.utils.flop_counter` does; what is elementwise, the mix of weights too, is bound by memory.
+A multiply-add counts as two operations. Matrix products and convolutions are counted, as
+`torch.utils.flop_counter` does; elementwise work and the mixing of weights are bound by memory.
 
 Shapes: T tokens, D hidden size, P patch size.
 """
@@ -23,44 +23,40 @@ def forward_flops(config: DiTConfig) -> int:
 
 
 def training_flops(config: DiTConfig, batch_size: int = 1) -> int:
-    """Return the operations of one training step: back-propagation takes twice the forward."""
+    """Return the operations of one training step: the backward pass takes twice the forward."""
     return 3 * batch_size * forward_flops(config)
 
 
 def activation_bytes(config: DiTConfig, width: int = 4, recompute: bool = False) -> int:
-    """Return the bytes that autograd keeps of one image, forward, without a compiler.
+    """Return the bytes that autograd keeps of one image for the backward pass, without a compiler.
 
     Args:
         config: Shape of the network.
-        width: Bytes of a number in the blocks, 4 or 2; embedders and final layer have 4.
+        width: Bytes of a number in the blocks, 4, or 2 under autocast as CUDA does it;
+            embedders, norms and the final layer have 4.
         recompute: Only the input of each block is kept.
     """
     tokens, hidden = config.num_tokens, config.hidden_size
     patches = width * tokens * config.in_channels * config.patch_size**2
     labels = 8 if config.num_classes else 0
-    embed = patches + 4 * (FREQUENCY_SIZE + 2 * hidden) + labels
+    # The conditioning in the precision of the blocks, which share it, if that is another.
+    cast = width * hidden if width < 4 else 0
+    embed = patches + 4 * (FREQUENCY_SIZE + 2 * hidden) + labels + cast
     # The norm's input, output and statistics, and the modulated tokens; then of the conditioning
     # the input of its SiLU, which the blocks share, its output, and 1 + scale.
     final = 4 * tokens * (3 * hidden + 2) + 4 * 3 * hidden
-    kept = block_activation_bytes(config, width)
-    if recompute:
-        kept = width * tokens * hidden + cast_bytes(config, width)
-    return embed + config.depth * kept + final
+    block = width * tokens * hidden if recompute else block_activation_bytes(config, width)
+    return embed + config.depth * block + final
 
 
 def block_activation_bytes(config: DiTConfig, width: int = 4) -> int:
     """Return the bytes that autograd keeps of one image in one block, with fused attention.
 
-    Of each token: input, output and modulated output of both norms, queries, keys and values,
-    attention's output and its projection, the MLP's output (12 D), and the hidden layer before and
-    after its GELU; four statistics, and one an attention head, in float32.
+    Of each token: modulated output of both norms, queries, keys and values, attention's output and
+    its projection, the MLP's output (8 D), and the hidden layer before and after its GELU. In
+    float32: input and output of both norms (4 D), four statistics, and one an attention head.
     """
     tokens, hidden = config.num_tokens, config.hidden_size
     inner = int(hidden * config.mlp_ratio)
-    values = tokens * (12 * hidden + 2 * inner) + 9 * hidden  # 9 D: the modulation
-    return width * values + 4 * tokens * (4 + config.num_heads) + cast_bytes(config, width)
-
-
-def cast_bytes(config: DiTConfig, width: int) -> int:
-    """Return the bytes of a block's own copy of the conditioning, where it is not float32."""
-    return width * config.hidden_size if width < 4 else 0
+    values = tokens * (8 * hidden + 2 * inner) + 9 * hidden  # 9 D: the modulation
+    return width * values + 4 * tokens * (4 * hidden + 4 + config.num_heads)
