@@ -81,8 +81,8 @@ def batch(network: DiT, size: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, T
     return latents, timesteps, class_labels
 
 
-def saved_bytes(network: DiT) -> int:
-    """Return the bytes of activations that a forward keeps for the way back."""
+def saved_bytes(network: torch.nn.Module, inputs: tuple[Tensor, ...] | None = None) -> int:
+    """Return the bytes of activations that a forward keeps for the backward pass."""
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept = {}
 
@@ -93,7 +93,7 @@ def saved_bytes(network: DiT) -> int:
         return values
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
-        network(*batch(network))
+        network(*(batch(network) if inputs is None else inputs))
     return sum(storage.nbytes() for storage in kept.values())
 
 

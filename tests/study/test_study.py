@@ -188,7 +188,7 @@ def test_every_variant_of_every_study_is_a_run(name, given, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "steps", "batch_size", "policy"),
-    [("independent", 2, 32, "uniform"), ("independent-shared", 16, 4, "log_snr")],
+    [("independent", 2, 8, "uniform"), ("independent-shared", 16, 1, "log_snr")],
 )
 def test_independent_experts_are_plain_trainings_of_equal_cost(
     name, steps, batch_size, policy, given, tmp_path

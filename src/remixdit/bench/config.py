@@ -1,7 +1,9 @@
 """What a benchmark measures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from remixdit.diffusion.dit import DiTConfig
 from remixdit.training.config import PRECISIONS, MixtureConfig, TrainConfig
@@ -37,7 +39,7 @@ class BenchConfig:
     """Time the naive implementation of mixing too."""
     memory: bool = True
     """Measure the peak memory of each variant, in a process of its own."""
-    compile: bool | None = None
+    compile: bool = field(default_factory=torch.cuda.is_available)
     """Compile the networks of all variants; by default on a GPU only."""
     recompute: bool = False
     """Compute each block again in the backward pass instead of keeping its activations."""

@@ -72,7 +72,7 @@ def naive_step(run: TrainConfig) -> Step:
     network = DiT(model.network, run.seed).to(device)
     network.recompute = run.recompute
     mixture = NaiveMixture(network, model.num_bases, model.num_experts)
-    if run.compiles(device):
+    if run.compile:
         compile_blocks(network)
     update, process = NaiveUpdate(mixture), noise_process(model)
     planner = Planner(

@@ -72,13 +72,8 @@ def built(config: BenchConfig, num_bases: int, num_experts: int) -> RemixDiT:
     )
     model = RemixDiT(remix, seed=config.seed).to(device).eval()
     dtype = PRECISIONS[config.precision]
-    model.sample_with(None if dtype == torch.float32 else dtype, compiles(config, device))
+    model.sample_with(None if dtype == torch.float32 else dtype, config.compile)
     return model
-
-
-def compiles(config: BenchConfig, device: torch.device) -> bool:
-    """Whether networks are compiled on a device."""
-    return device.type == "cuda" if config.compile is None else config.compile
 
 
 class NaiveModel(RemixDiT):
@@ -91,7 +86,7 @@ class NaiveModel(RemixDiT):
         super().__init__(RemixConfig(network=shape, num_experts=config.num_experts), outline)
         network = DiT(shape, config.seed).to(device).eval()
         self.naive = NaiveMixture(network, config.num_bases, config.num_experts)
-        if compiles(config, device):
+        if config.compile:
             network.compile()
         self.precision = PRECISIONS[config.precision]
 

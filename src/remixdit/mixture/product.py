@@ -91,7 +91,7 @@ def grouped(images: Tensor, spans: tuple[Span, ...]) -> list[tuple[Tensor, slice
     """Return the rows (experts, images R, *) of each span of (B, R, *), and its place in M."""
     parts, start, first = [], 0, 0
     for experts, size in spans:
-        rows = images[start : start + experts * size].view(experts, -1, images.shape[-1])
+        rows = images[start : start + experts * size].reshape(experts, -1, images.shape[-1])
         parts.append((rows, slice(first, first + experts)))
         start, first = start + experts * size, first + experts
     return parts

@@ -1,1 +1,0 @@
-"""The first design of the mixture, on its way out."""
