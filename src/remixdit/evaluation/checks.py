@@ -1,4 +1,4 @@
-"""Do samples show what they were asked for, and are they copies of the training images?
+"""Do samples show the requested class, and are they copies of the training images?
 
 Both look at the features that the scores are made of. What cannot be told is left out, as a score
 is.
@@ -69,7 +69,7 @@ def index_in(class_names: tuple[str, ...]) -> Any:
 def conditional_accuracy(
     real: Tensor, real_labels: np.ndarray, fake: Tensor, fake_labels: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """Return how often a linear probe, fitted to real images, sees the class that was asked for.
+    """Return how often a linear probe, fitted to real images, finds the requested class.
 
     Args:
         real: (R, F) features.

@@ -1,4 +1,4 @@
-"""Images of a model, or on disk, against real ones: every score, and what it was measured under.
+"""Images of a model, or on disk, against real ones: all scores and their conditions.
 
 Samples go straight through the extractor; only features are kept. Several processes share all
 images batch by batch, so the scores do not depend on how many there are, and the first one has
@@ -97,7 +97,7 @@ def evaluate_images(
         return {}
     fake, rows = found["samples"]
     result: dict[str, Any] = {
-        "evaluated": {**subject.facts, **facts_of(subject.images, rows)},
+        "evaluated": {**subject.facts, **image_facts(subject.images, rows)},
         "reference": reference_facts(config, real, found.get("reference")),
         "extractor": extractor.facts(),
     }
@@ -148,7 +148,7 @@ def extracted(
 
 
 def open_extractor(config: ImageConfig, device: torch.device) -> Extractor:
-    """Load the extractor; what it lacks is the user's to add."""
+    """Load the extractor; missing packages and weights are errors of the request."""
     weights = config.extractor_weights
     is_file = weights is not None and Path(weights).is_file()
     by_name = {"dinov2": (weights,), "inception": (None, "download")}.get(config.extractor, (None,))
@@ -197,7 +197,7 @@ def open_real(config: ImageConfig, fake: ImageSet, extractor: Extractor, seed: i
 
 
 def statistics_in(path: Path) -> Reference | None:
-    """Return what an .npz holds, None for anything else."""
+    """Return the statistics in an .npz; None for any other path."""
     if path.suffix != ".npz" or not path.is_file():
         return None
     check_npz(path)
@@ -207,7 +207,7 @@ def statistics_in(path: Path) -> Reference | None:
 
 
 def open_train(config: ImageConfig, fake: ImageSet, real: Real, seed: int) -> ImageSet | None:
-    """Open what the model was trained on, if it is named."""
+    """Open the training images, if they are named."""
     if config.train is None:
         return None
     if real.images is None:
@@ -218,8 +218,8 @@ def open_train(config: ImageConfig, fake: ImageSet, real: Real, seed: int) -> Im
     return train.drawn(config.reference_images, seed)
 
 
-def facts_of(images: ImageSet, rows: np.ndarray) -> dict[str, Any]:
-    """Return what is known of images that were looked at."""
+def image_facts(images: ImageSet, rows: np.ndarray) -> dict[str, Any]:
+    """Return the facts about a set of images whose features were extracted."""
     return {
         "name": images.name,
         "num_images": len(rows),
@@ -232,7 +232,7 @@ def facts_of(images: ImageSet, rows: np.ndarray) -> dict[str, Any]:
 def reference_facts(
     config: ImageConfig, real: Real, found: tuple[FeatureSet, np.ndarray] | None
 ) -> dict[str, Any]:
-    """Return what is known of the reference."""
+    """Return the facts about the reference."""
     facts: dict[str, Any] = {
         "path": config.reference,
         "split": config.split,
@@ -242,7 +242,7 @@ def reference_facts(
     if known is not None:
         facts["statistics"] = "of the file" if real.statistics else "of another extractor, not used"
     if real.images is not None and found is not None:
-        facts |= {**facts_of(real.images, found[1]), "fingerprint": real.images.fingerprint}
+        facts |= {**image_facts(real.images, found[1]), "fingerprint": real.images.fingerprint}
     return facts
 
 
@@ -275,7 +275,7 @@ def memorisation(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -
 
 
 def notes(subject: Subject, real: Real, extractor: Extractor, count: int) -> Iterator[str]:
-    """Yield what a reader of the scores should know."""
+    """Yield remarks for a reader of the scores."""
     if count <= extractor.num_features:
         yield (
             f"{count} images are no more than the {extractor.num_features} features: the Fréchet "

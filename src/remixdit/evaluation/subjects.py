@@ -29,7 +29,7 @@ class Subject(NamedTuple):
 def model_subject(
     checkpoint: str, model: RemixDiT, sampling: SamplingConfig, facts: dict[str, Any]
 ) -> Subject:
-    """Return the images that a model draws when they are asked for.
+    """Return the samples of a model, which are drawn when they are read.
 
     Args:
         checkpoint: The path or name that the user gave.

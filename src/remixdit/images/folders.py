@@ -81,7 +81,7 @@ def _check_class_folders(root: Path, names: list[str], first_loose: str | None) 
     if first_loose is not None:
         raise ValueError(f"{root} holds class folders and the loose image {first_loose}")
     if len(names) == 1:
-        # Nearly always one level too high; and one label for all says nothing to a network.
+        # Nearly always one level too high, and a single label carries no information.
         raise ValueError(
             f"{root} holds the one class folder {names[0]!r}: give {root / names[0]} instead"
         )
