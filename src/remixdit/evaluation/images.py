@@ -59,6 +59,10 @@ class ImageConfig:
             raise ValueError(f"train_split must come with train, got {self.train_split!r} alone")
 
 
+Sets = Mapping[str, ImageSet | None]  # "reference", "train" and "samples"
+Found = dict[str, tuple[FeatureSet, np.ndarray]]  # the features and rows of those that there are
+
+
 class Real(NamedTuple):
     """Real images, their statistics, or both."""
 
@@ -96,37 +100,50 @@ def evaluate_images(
     if not ranks.is_first:
         return {}
     fake, rows = found["samples"]
-    result: dict[str, Any] = {
+    tables = yield from measurements(sets, found, real.statistics, extractor, config, seed)
+    return {
         "evaluated": {**subject.facts, **image_facts(subject.images, rows)},
         "reference": reference_facts(config, real, found.get("reference")),
         "extractor": extractor.facts(),
+        **tables,
+        "notes": list(notes(subject, real, extractor, len(fake.pool))),
+        "machine": machine(device),
     }
+
+
+def measurements(
+    sets: Sets,
+    found: Found,
+    statistics: Reference | None,
+    extractor: Extractor,
+    config: ImageConfig,
+    seed: int,
+) -> Generator[Progress, None, dict[str, dict[str, Any]]]:
+    """Return the scores, and whether samples show the requested class and are copies."""
     yield Progress("scores", 0, 1)
-    result["scores"] = scores(
+    table = scores(
         found["reference"][0] if "reference" in found else None,
-        fake,
+        found["samples"][0],
         extractor.name,
-        statistics=real.statistics,
+        statistics=statistics,
         seed=seed,
         with_floor=config.real_floor,
     )
     yield Progress("scores", 1, 1)
     yield Progress("checks", 0, 1)
-    result["conditional_accuracy"] = measured(
-        lambda: accuracy(subject.images, real.images, found, seed)
-    )
-    result["memorisation"] = measured(lambda: memorisation(sets, found, seed))
-    result["notes"] = list(notes(subject, real, extractor, len(fake.pool)))
-    result["machine"] = machine(device)
+    checks = {
+        "conditional_accuracy": measured(lambda: accuracy(sets, found, seed)),
+        "memorisation": measured(lambda: memorisation(sets, found, seed)),
+    }
     yield Progress("checks", 1, 1)
-    return result
+    return {"scores": table, **checks}
 
 
 def all_extracted(
-    sets: Mapping[str, ImageSet | None], extractor: Extractor, ranks: Ranks
-) -> Generator[Progress, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
+    sets: Sets, extractor: Extractor, ranks: Ranks
+) -> Generator[Progress, None, Found]:
     """Return the features and rows of each set that there is."""
-    found: dict[str, tuple[FeatureSet, np.ndarray]] = {}
+    found: Found = {}
     for name, images in sets.items():
         if images is not None:
             found[name] = yield from extracted(name, images, extractor, ranks)
@@ -246,11 +263,10 @@ def reference_facts(
     return facts
 
 
-Found = dict[str, tuple[FeatureSet, np.ndarray]]
-
-
-def accuracy(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> dict[str, Any]:
+def accuracy(sets: Sets, found: Found, seed: int) -> dict[str, Any]:
     """Return the conditional accuracy."""
+    fake, real = sets["samples"], sets["reference"]
+    assert fake is not None
     if real is None:
         raise LeftOut("needs images of the reference")
     labels = matched_labels(fake, real)
@@ -260,7 +276,7 @@ def accuracy(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> 
     )
 
 
-def memorisation(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -> dict[str, Any]:
+def memorisation(sets: Sets, found: Found, seed: int) -> dict[str, Any]:
     """Return whether samples are copies."""
     if "train" not in found:
         raise LeftOut("needs the training images (--train)")
