@@ -46,7 +46,7 @@ class EncodeConfig:
     crop: Literal["center", "random"] = "center"
     """Crop: center, or a random square of at least 0.8 of the shorter side, by seed and image."""
     mirror: bool = False
-    """Encode a mirrored copy of each image too. Pixels need none: training mirrors them itself."""
+    """Encode a mirrored copy of each image too. Pixels need none: they are mirrored when read."""
     strict: bool = False
     """Stop at the first unreadable image instead of skipping and recording it."""
     batch_size: int = 32
