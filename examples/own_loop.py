@@ -1,6 +1,6 @@
 """Train timestep experts of a diffusers model in a loop of your own: any module, any optimizer.
 
-    python examples/own_loop.py unet|dit [--steps 20] [--compile]
+python examples/own_loop.py unet|dit [--steps 20] [--compile]
 """
 
 import argparse

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from remixdit.data import EncodeConfig, Loader, ShardDataset, prepare
+from remixdit.progress import finish
 
 KL_WEIGHT = 1e-5  # keeps latents near the origin without washing them out
 
@@ -114,7 +115,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pixels = arguments.output.with_name(arguments.output.name + "-pixels")
     config = EncodeConfig(image_size=arguments.image_size, channels=3)
-    dataset = prepare(arguments.source, pixels, config, split=arguments.split)
+    dataset = finish(prepare(arguments.source, pixels, config, split=arguments.split))
     network = new_autoencoder(arguments.width, arguments.downsampling, arguments.latent_channels)
     network.to(device)
     start = time.perf_counter()

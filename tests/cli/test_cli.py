@@ -317,10 +317,10 @@ def test_plot_draws_a_plain_run_with_strata(tmp_path):
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run {options}")
     remixdit(f"plot {tmp_path}/run")
     assert files_below(tmp_path / "run" / "plots") == {"loss.png", "loss-by-interval.png"}
-    from remixdit.evaluation.run_figures import boundaries_of
+    from remixdit.evaluation.run_figures import logged_boundaries
     from remixdit.model.describe import describe
 
-    boundaries = boundaries_of(tmp_path / "run", describe(tmp_path / "run"))
+    boundaries = logged_boundaries(tmp_path / "run", describe(tmp_path / "run"))
     assert boundaries == [0, 31, 303, 722, 1000]  # those that timesteps were spread over
 
 

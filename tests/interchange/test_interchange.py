@@ -21,7 +21,7 @@ from remixdit.interchange import (
     run_export,
     run_import,
 )
-from remixdit.interchange.layout import num_heads_of
+from remixdit.interchange.layout import published_num_heads
 from remixdit.model.model import RemixDiT
 from tests.tiny import batch, perturb, tiny_dit
 
@@ -184,7 +184,7 @@ def test_a_plain_dit_is_remixed_on_request_and_starts_as_it_was(tmp_path):
 
 
 def test_the_published_widths_have_their_heads():
-    assert [num_heads_of(width) for width in (384, 768, 1024, 1152)] == [6, 12, 16, 16]
+    assert [published_num_heads(width) for width in (384, 768, 1024, 1152)] == [6, 12, 16, 16]
 
 
 def test_the_input_size_stands_in_for_absent_positions(tmp_path):

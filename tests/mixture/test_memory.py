@@ -20,7 +20,9 @@ def kept_bytes(experts_per_batch: int, mixed: str) -> int:
     network = tiny_dit(hidden_size=32, depth=3)
     experts = remix(network, K, N, mixed=mixed)
     perturb(experts)
-    with experts.route([n for n in range(experts_per_batch) for _ in range(20 // experts_per_batch)]):
+    with experts.route(
+        [n for n in range(experts_per_batch) for _ in range(20 // experts_per_batch)]
+    ):
         return saved_bytes(network, batch(network, 20))
 
 

@@ -1,4 +1,4 @@
-"""Models as the command line names them."""
+"""Models, as the command line names and opens them."""
 
 from pathlib import Path
 
@@ -40,6 +40,6 @@ def open_model(path: str, *, ema: bool, precision: str, device: torch.device) ->
 
 
 def check_precision(precision: str) -> None:
-    """Refuse a precision that there is not."""
+    """Refuse an unknown precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")

@@ -24,7 +24,7 @@ class CheckArguments:
 
 
 def run(args: Sequence[str]) -> None:
-    """Check a directory of shards and print what was found."""
+    """Check a directory of shards and print the findings."""
     action, *rest = args or [""]
     if action in ("-h", "--help"):
         print("usage: remixdit data check DIR [--output contact-sheet.png]")

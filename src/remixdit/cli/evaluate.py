@@ -92,7 +92,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def test(arguments: EvaluateArguments) -> None:
-    """Run the metrics where their values are known."""
+    """Run the metrics on inputs for which their values are known."""
     kept = EvaluateArguments(self_test=True, json=arguments.json, device=arguments.device)
     refuse_changed(arguments, kept, "--self-test")
     checks = self_test(distributed.pick_device(arguments.device))
@@ -139,7 +139,7 @@ def refuse_changed(options: Any, unchanged: Any, what: str) -> None:
 
 
 def of_model(arguments: EvaluateArguments, device: torch.device) -> dict[str, Any]:
-    """Score what a model draws; empty on all processes but the first."""
+    """Score samples of a model; the result is empty on all processes but the first."""
     ema, precision = arguments.sampling.ema, arguments.sampling.precision
     model = open_model(arguments.checkpoint, ema=ema, precision=precision, device=device)
     sampling = replace(
@@ -157,7 +157,7 @@ def of_model(arguments: EvaluateArguments, device: torch.device) -> dict[str, An
 
 
 def scored(arguments: EvaluateArguments, subject: Subject, device: torch.device) -> dict[str, Any]:
-    """Score images; empty on all processes but the first."""
+    """Score images; the result is empty on all processes but the first."""
     ranks = distributed.start(device)
     config = base_config(arguments, ImageConfig)
     work = evaluate_images(subject, config, device, ranks, arguments.seed)

@@ -22,7 +22,7 @@ def checks_text(checks: Sequence[Check]) -> str:
 
 
 def images_text(result: Facts) -> str:
-    """Return scores, each with its error and what real images score, and their conditions."""
+    """Return scores, each with its error and the score of real images, and their conditions."""
     return "\n".join(
         [
             *conditions(result),
@@ -37,7 +37,7 @@ def images_text(result: Facts) -> str:
 
 
 def conditions(result: Facts) -> Iterator[str]:
-    """Yield what the scores were measured under."""
+    """Yield the conditions under which the scores were measured."""
     evaluated, reference, extractor = (
         result[part] for part in ("evaluated", "reference", "extractor")
     )
@@ -81,15 +81,15 @@ def score_line(name: str, score: Facts) -> str:
 
 
 def check_lines(result: Facts) -> Iterator[str]:
-    """Yield what a probe and the nearest neighbours say."""
+    """Yield the accuracy of the probe and the share of copies."""
     yield ""
     accuracy = result["conditional_accuracy"]
     if accuracy["value"] is None:
-        yield f"{'class as asked for':20}{'-':>12}  {accuracy['left_out']}"
+        yield f"{'requested class':20}{'-':>12}  {accuracy['left_out']}"
     else:
         real = accuracy["real"]["value"]
         yield (
-            f"{'class as asked for':20}{accuracy['value']:12.4f}"
+            f"{'requested class':20}{accuracy['value']:12.4f}"
             f"{'± {:.2g}'.format(accuracy['standard_error']):>12}"
             f"{'-' if real is None else f'{real:.4f}':>13}{accuracy['num_images']:9,}"
         )
@@ -104,7 +104,7 @@ def check_lines(result: Facts) -> Iterator[str]:
 
 
 def cost_lines(cost: Facts | None) -> Iterator[str]:
-    """Yield what a step costs."""
+    """Yield the cost of a sampling step."""
     if cost is None:
         return
     parameters = cost["parameters"]

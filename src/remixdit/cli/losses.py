@@ -73,7 +73,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def measured(arguments: LossesArguments) -> dict[str, Any]:
-    """Measure experts on intervals; empty on all processes but the first."""
+    """Measure experts on intervals; the result is empty on all processes but the first."""
     device = distributed.pick_device(arguments.device)
 
     def opened(path: str) -> RemixDiT:
@@ -106,7 +106,7 @@ def measured(arguments: LossesArguments) -> dict[str, Any]:
 
 
 def evaluated_facts(arguments: LossesArguments, model: RemixDiT) -> dict[str, Any]:
-    """Return what was measured, as JSON values."""
+    """Return the model and the conditions of the measurement, as JSON values."""
     return {
         "checkpoint": arguments.checkpoint,
         "against": arguments.against,
@@ -119,7 +119,7 @@ def evaluated_facts(arguments: LossesArguments, model: RemixDiT) -> dict[str, An
 
 
 def outputs(output: Path | None) -> dict[str, Path]:
-    """Return the files to write, by what they hold."""
+    """Return the files to write, by their content."""
     if output is None:
         return {}
     if output.suffix == ".json":
@@ -133,7 +133,7 @@ def outputs(output: Path | None) -> dict[str, Path]:
 
 
 def deliver(arguments: LossesArguments, result: dict[str, Any]) -> None:
-    """Write what was asked for and print the result."""
+    """Write the requested files and print the result."""
     for what, path in outputs(arguments.output).items():
         if what == "result":
             write_json(path, result)

@@ -23,14 +23,14 @@ def claim(paths: Iterable[Path], overwrite: bool) -> None:
 
 
 def write_result(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file and say where."""
+    """Write a file and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, write)
     say(f"wrote {path}")
 
 
 def write_json(path: Path, result: Any) -> None:
-    """Write a result as JSON and say where."""
+    """Write a result as JSON and print the path."""
     text = as_json(result) + "\n"
     write_result(path, lambda beside: beside.write_text(text, "utf-8"))
 

@@ -40,7 +40,7 @@ class Report:
     """Up to 64 images, spread over the set, decoded; None if the autoencoder cannot be loaded."""
 
     def summary(self) -> list[str]:
-        """Return what a person wants to read, a line each."""
+        """Return the findings as lines for a person."""
         dataset = self.dataset
         index = dataset.index
         return [
@@ -54,7 +54,7 @@ class Report:
         ]
 
     def histogram(self, num_lines: int = 20, width: int = 40) -> list[str]:
-        """Return a bar for each class, or for the largest and smallest when there are many."""
+        """Return one line per class, or of the largest and smallest if there are many."""
         names = [*self.dataset.class_names, "(no label)"]
         order = [int(label) for label in np.argsort(-self.class_counts, kind="stable")]
         order = [label for label in order if label < len(names) - 1 or self.class_counts[-1]]
@@ -86,7 +86,7 @@ def check(directory: str | Path) -> Generator[Progress, None, Report]:
     dataset = ShardDataset(directory)
     problems = yield from _wrong_files(dataset)
     if problems:
-        # What is broken is not looked at: its pictures would say nothing.
+        # Broken shards are not decoded: their pictures would be meaningless.
         counts = np.zeros(dataset.num_classes + 1, np.int64)
         return Report(dataset=dataset, problems=tuple(problems), class_counts=counts)
     counts = np.bincount(dataset.class_labels, minlength=dataset.num_classes + 1)
@@ -107,7 +107,7 @@ def check(directory: str | Path) -> Generator[Progress, None, Report]:
 
 
 def _wrong_files(dataset: ShardDataset) -> Generator[Progress, None, list[str]]:
-    """Return a sentence for each file that is not as the index says, or should not be there."""
+    """Return one sentence for each file that differs from the index or is not in it."""
     problems = []
     expected = {LABELS_FILE: dataset.index["class_labels_digest"]}
     for shard in dataset.index["shards"]:

@@ -46,7 +46,7 @@ class EncodeConfig:
     crop: Literal["center", "random"] = "center"
     """Crop: center, or a random square of at least 0.8 of the shorter side, by seed and image."""
     mirror: bool = False
-    """Encode a mirrored copy of each image too. Pixels need none: training mirrors them itself."""
+    """Encode a mirrored copy of each image too. Pixels need none: they are mirrored when read."""
     strict: bool = False
     """Stop at the first unreadable image instead of skipping and recording it."""
     batch_size: int = 32
@@ -176,7 +176,7 @@ class _Encoder:
             else:
                 done += len(self.shards[number])
                 skipped += len(record.skipped)
-        # Before the first batch, so that the speed is that of what is encoded now.
+        # Reported before the first batch, so that the speed excludes earlier work.
         yield _progress(done, total, skipped)
         for number in missing:
             for batch in self._write_shard(number):
@@ -203,7 +203,7 @@ class _Encoder:
                 writer.append_mirrored(self._encoded(batch.pixels[..., ::-1]))
 
     def _encoded(self, pixels: np.ndarray) -> np.ndarray:
-        """(B, C, S, S) uint8 => what is stored: the same, or moments (B, 2 C, h, w) float16."""
+        """(B, C, S, S) uint8 => stored rows: the same, or moments (B, 2 C, h, w) float16."""
         if not isinstance(self.autoencoder, LatentAutoencoder):
             return pixels
         scaled = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
@@ -219,7 +219,7 @@ def _progress(done: int, total: int, skipped: int) -> Progress:
 
 
 def _settings(source: Source, config: EncodeConfig, autoencoder: Autoencoder) -> dict[str, object]:
-    """Return what is known before the first image is read: the first part of index.json."""
+    """Return the settings of the encoding, which are the first part of index.json."""
     channels = config.channels or source.channels
     latent_shape = autoencoder.latent_shape(config.image_size, channels)
     has_moments = isinstance(autoencoder, LatentAutoencoder)

@@ -52,7 +52,7 @@ def _whole(directory: str | Path) -> ShardDataset:
 
 @contextmanager
 def _left_as_found(directory: Path) -> Iterator[None]:
-    """Remove what a refused encoding leaves in a directory that was not there before."""
+    """Remove the remains of a refused encoding from a directory that is new."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Writing a directory of shards so that a crash leaves whole files only."""
+"""A directory of shards in the making: after a crash it holds whole files only."""
 
 import hashlib
 import io
@@ -47,7 +47,7 @@ class EncodedDir:
         self.parts = directory / PARTS_DIR
 
     def start(self) -> bool:
-        """State in the directory what it will hold; return whether there is work left."""
+        """Write the settings into the directory; return whether there is work left."""
         # In this order: another process may write the index and then remove the settings.
         stated = _first_json(self.parts / SETTINGS_FILE, self.directory / INDEX_FILE)
         if stated is not None:
@@ -87,7 +87,7 @@ class EncodedDir:
         _write(self._record_path(number), _json(asdict(record)))
 
     def merge(self, num_shards: int) -> None:
-        """Write the index if all shards are there, and remove what it replaces."""
+        """Write the index if all shards are there, and remove the records it replaces."""
         records = [self.record(number) for number in range(num_shards)]
         present = [record for record in records if record is not None]
         if len(present) == num_shards:
@@ -95,16 +95,18 @@ class EncodedDir:
             try:
                 _write(self.directory / LABELS_FILE, _npy(class_labels))
                 _write(self.directory / INDEX_FILE, _json(index))
-            except FileNotFoundError:  # another process was faster, and has swept up
+            except (
+                FileNotFoundError
+            ):  # another process has written the index and removed our partial file
                 if not (self.directory / INDEX_FILE).exists():
                     raise
         self._tidy_if_merged()
 
     def _tidy_if_merged(self) -> bool:
-        """Remove what leads up to the index if that is there; return whether it is."""
+        """Remove records and partial files if the index is there; return whether it is."""
         if not (self.directory / INDEX_FILE).exists():
             return False
-        shutil.rmtree(self.parts, ignore_errors=True)  # another process may be at it too
+        shutil.rmtree(self.parts, ignore_errors=True)  # another process may be removing it too
         for partial in self.directory.glob(f"*{PARTIAL_SUFFIX}"):  # of a killed process
             partial.unlink(missing_ok=True)
         return True
@@ -132,7 +134,7 @@ class EncodedDir:
 
 
 class ShardWriter:
-    """Appends rows to .npy files that appear under their names only when they are whole."""
+    """Appends rows to .npy files, which get their names only when they are complete."""
 
     def __init__(self, paths: list[Path], row_shape: list[int], dtype: str) -> None:
         self.paths, self.row_shape, self.dtype = paths, row_shape, np.dtype(dtype)
@@ -166,7 +168,7 @@ class ShardWriter:
         return digests
 
     def close(self) -> None:
-        """Remove what was not finished."""
+        """Remove unfinished files."""
         self._stack.close()
 
     def _append(self, number: int, rows: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Do samples show what they were asked for, and are they copies of the training images?
+"""Do samples show the requested class, and are they copies of the training images?
 
 Both look at the features that the scores are made of. What cannot be told is left out, as a score
 is.
@@ -15,7 +15,12 @@ from torch import Tensor
 
 from remixdit.evaluation.image_sets import ImageSet
 from remixdit.evaluation.left_out import LeftOut, measured
-from remixdit.evaluation.metrics import fit_linear_probe, memorisation, nearest_neighbours
+from remixdit.evaluation.metrics import (
+    LinearProbe,
+    fit_linear_probe,
+    memorisation,
+    nearest_neighbours,
+)
 from remixdit.seeds import generator_for
 
 __all__ = ["are_numbers", "conditional_accuracy", "copies", "matched_labels"]
@@ -69,7 +74,7 @@ def index_in(class_names: tuple[str, ...]) -> Any:
 def conditional_accuracy(
     real: Tensor, real_labels: np.ndarray, fake: Tensor, fake_labels: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """Return how often a linear probe, fitted to real images, sees the class that was asked for.
+    """Return how often a linear probe, fitted to real images, finds the requested class.
 
     Args:
         real: (R, F) features.
@@ -95,19 +100,7 @@ def conditional_accuracy(
             raise LeftOut(reason)
     rows, labels = torch.from_numpy(fitted), torch.from_numpy(real_labels[fitted])
     probe = fit_linear_probe(real[rows.to(real.device)], labels.to(real.device))
-
-    def accuracy(features: Tensor, class_labels: np.ndarray, chosen: np.ndarray) -> float:
-        place = torch.from_numpy(chosen).to(features.device)
-        return probe.accuracy(
-            features[place], torch.from_numpy(class_labels[chosen]).to(features.device)
-        )
-
-    def of_real_images() -> dict[str, Any]:
-        if not len(tested):
-            raise LeftOut("too few labelled images of the reference")
-        return {"value": accuracy(real, real_labels, tested), "num_images": len(tested)}
-
-    value = accuracy(fake, fake_labels, known)
+    value = probe_accuracy(probe, fake, fake_labels, known)["value"]
     return {
         "value": value,
         "standard_error": float((value * (1 - value) / len(known)) ** 0.5),
@@ -115,8 +108,22 @@ def conditional_accuracy(
         "num_images": len(known),
         "fitted_to": len(fitted),
         "chance": 1 / len(classes),
-        "real": measured(of_real_images),
+        "real": measured(lambda: probe_accuracy(probe, real, real_labels, tested)),
     }
+
+
+def probe_accuracy(
+    probe: LinearProbe,
+    features: Tensor,  # (m, F)
+    class_labels: np.ndarray,  # (m,)
+    chosen: np.ndarray,  # indices of the images to test
+) -> dict[str, Any]:
+    """Return the accuracy of a probe on some images."""
+    if not len(chosen):
+        raise LeftOut("too few labelled images of the reference")
+    rows = torch.from_numpy(chosen).to(features.device)
+    labels = torch.from_numpy(class_labels[chosen]).to(features.device)
+    return {"value": probe.accuracy(features[rows], labels), "num_images": len(chosen)}
 
 
 def divided(real_labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

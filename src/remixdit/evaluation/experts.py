@@ -1,8 +1,8 @@
 """Experts against intervals on held-out images: losses, the matrix, bits, and a paired rival.
 
 Every model sees the same images, timesteps and noise, so that a difference of losses is one of
-weights; errors are over the images, which stand for those that were not drawn. Processes share
-the intervals, so their number changes nothing.
+weights. Errors are over the images, as a sample of all images. Processes share the intervals, so
+their number changes nothing.
 
 Shapes: n held-out images, I intervals, N experts.
 """
@@ -120,7 +120,7 @@ def check_rival(model: RemixDiT, rival: Rival) -> None:
 
 
 def latent_shape(network: DiTConfig) -> str:
-    """Return the shape of what a network sees, in words."""
+    """Return the shape of a network's latents, in words."""
     return f"{network.in_channels} x {network.input_size} x {network.input_size}"
 
 
@@ -203,7 +203,7 @@ def planned(
     rival: Rival | None,
     intervals: Intervals,
 ) -> Plan:
-    """Return what is to be measured."""
+    """Return the plan of all measurements."""
     models = {"ours": model, **({"against": rival.model} if rival else {})}
     strata = None
     with suppress(LeftOut):  # the result says why

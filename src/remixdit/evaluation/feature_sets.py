@@ -134,7 +134,7 @@ def gathered(
 
 
 def summed(zeros: Tensor, rows: Tensor, mine: Tensor | None) -> Tensor:
-    """Return what all processes have for their rows.
+    """Return the rows of all processes.
 
     Each row is zero on all processes but one, so that the sum is a gather, to the bit.
     """

@@ -1,4 +1,4 @@
-"""Images of a model, or on disk, against real ones: every score, and what it was measured under.
+"""Images of a model, or on disk, against real ones: all scores and their conditions.
 
 Samples go straight through the extractor; only features are kept. Several processes share all
 images batch by batch, so the scores do not depend on how many there are, and the first one has
@@ -59,6 +59,10 @@ class ImageConfig:
             raise ValueError(f"train_split must come with train, got {self.train_split!r} alone")
 
 
+Sets = Mapping[str, ImageSet | None]  # "reference", "train" and "samples"
+Found = dict[str, tuple[FeatureSet, np.ndarray]]  # the features and rows of those that there are
+
+
 class Real(NamedTuple):
     """Real images, their statistics, or both."""
 
@@ -96,37 +100,50 @@ def evaluate_images(
     if not ranks.is_first:
         return {}
     fake, rows = found["samples"]
-    result: dict[str, Any] = {
-        "evaluated": {**subject.facts, **facts_of(subject.images, rows)},
+    tables = yield from measurements(sets, found, real.statistics, extractor, config, seed)
+    return {
+        "evaluated": {**subject.facts, **image_facts(subject.images, rows)},
         "reference": reference_facts(config, real, found.get("reference")),
         "extractor": extractor.facts(),
+        **tables,
+        "notes": list(notes(subject, real, extractor, len(fake.pool))),
+        "machine": machine(device),
     }
+
+
+def measurements(
+    sets: Sets,
+    found: Found,
+    statistics: Reference | None,
+    extractor: Extractor,
+    config: ImageConfig,
+    seed: int,
+) -> Generator[Progress, None, dict[str, dict[str, Any]]]:
+    """Return the scores, and whether samples show the requested class and are copies."""
     yield Progress("scores", 0, 1)
-    result["scores"] = scores(
+    table = scores(
         found["reference"][0] if "reference" in found else None,
-        fake,
+        found["samples"][0],
         extractor.name,
-        statistics=real.statistics,
+        statistics=statistics,
         seed=seed,
         with_floor=config.real_floor,
     )
     yield Progress("scores", 1, 1)
     yield Progress("checks", 0, 1)
-    result["conditional_accuracy"] = measured(
-        lambda: accuracy(subject.images, real.images, found, seed)
-    )
-    result["memorisation"] = measured(lambda: memorisation(sets, found, seed))
-    result["notes"] = list(notes(subject, real, extractor, len(fake.pool)))
-    result["machine"] = machine(device)
+    checks = {
+        "conditional_accuracy": measured(lambda: accuracy(sets, found, seed)),
+        "memorisation": measured(lambda: memorisation(sets, found, seed)),
+    }
     yield Progress("checks", 1, 1)
-    return result
+    return {"scores": table, **checks}
 
 
 def all_extracted(
-    sets: Mapping[str, ImageSet | None], extractor: Extractor, ranks: Ranks
-) -> Generator[Progress, None, dict[str, tuple[FeatureSet, np.ndarray]]]:
+    sets: Sets, extractor: Extractor, ranks: Ranks
+) -> Generator[Progress, None, Found]:
     """Return the features and rows of each set that there is."""
-    found: dict[str, tuple[FeatureSet, np.ndarray]] = {}
+    found: Found = {}
     for name, images in sets.items():
         if images is not None:
             found[name] = yield from extracted(name, images, extractor, ranks)
@@ -148,7 +165,7 @@ def extracted(
 
 
 def open_extractor(config: ImageConfig, device: torch.device) -> Extractor:
-    """Load the extractor; what it lacks is the user's to add."""
+    """Load the extractor; missing packages and weights are errors of the request."""
     weights = config.extractor_weights
     is_file = weights is not None and Path(weights).is_file()
     by_name = {"dinov2": (weights,), "inception": (None, "download")}.get(config.extractor, (None,))
@@ -197,7 +214,7 @@ def open_real(config: ImageConfig, fake: ImageSet, extractor: Extractor, seed: i
 
 
 def statistics_in(path: Path) -> Reference | None:
-    """Return what an .npz holds, None for anything else."""
+    """Return the statistics in an .npz; None for any other path."""
     if path.suffix != ".npz" or not path.is_file():
         return None
     check_npz(path)
@@ -207,7 +224,7 @@ def statistics_in(path: Path) -> Reference | None:
 
 
 def open_train(config: ImageConfig, fake: ImageSet, real: Real, seed: int) -> ImageSet | None:
-    """Open what the model was trained on, if it is named."""
+    """Open the training images, if they are named."""
     if config.train is None:
         return None
     if real.images is None:
@@ -218,8 +235,8 @@ def open_train(config: ImageConfig, fake: ImageSet, real: Real, seed: int) -> Im
     return train.drawn(config.reference_images, seed)
 
 
-def facts_of(images: ImageSet, rows: np.ndarray) -> dict[str, Any]:
-    """Return what is known of images that were looked at."""
+def image_facts(images: ImageSet, rows: np.ndarray) -> dict[str, Any]:
+    """Return the facts about a set of images whose features were extracted."""
     return {
         "name": images.name,
         "num_images": len(rows),
@@ -232,7 +249,7 @@ def facts_of(images: ImageSet, rows: np.ndarray) -> dict[str, Any]:
 def reference_facts(
     config: ImageConfig, real: Real, found: tuple[FeatureSet, np.ndarray] | None
 ) -> dict[str, Any]:
-    """Return what is known of the reference."""
+    """Return the facts about the reference."""
     facts: dict[str, Any] = {
         "path": config.reference,
         "split": config.split,
@@ -242,15 +259,14 @@ def reference_facts(
     if known is not None:
         facts["statistics"] = "of the file" if real.statistics else "of another extractor, not used"
     if real.images is not None and found is not None:
-        facts |= {**facts_of(real.images, found[1]), "fingerprint": real.images.fingerprint}
+        facts |= {**image_facts(real.images, found[1]), "fingerprint": real.images.fingerprint}
     return facts
 
 
-Found = dict[str, tuple[FeatureSet, np.ndarray]]
-
-
-def accuracy(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> dict[str, Any]:
+def accuracy(sets: Sets, found: Found, seed: int) -> dict[str, Any]:
     """Return the conditional accuracy."""
+    fake, real = sets["samples"], sets["reference"]
+    assert fake is not None
     if real is None:
         raise LeftOut("needs images of the reference")
     labels = matched_labels(fake, real)
@@ -260,7 +276,7 @@ def accuracy(fake: ImageSet, real: ImageSet | None, found: Found, seed: int) -> 
     )
 
 
-def memorisation(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -> dict[str, Any]:
+def memorisation(sets: Sets, found: Found, seed: int) -> dict[str, Any]:
     """Return whether samples are copies."""
     if "train" not in found:
         raise LeftOut("needs the training images (--train)")
@@ -275,7 +291,7 @@ def memorisation(sets: Mapping[str, ImageSet | None], found: Found, seed: int) -
 
 
 def notes(subject: Subject, real: Real, extractor: Extractor, count: int) -> Iterator[str]:
-    """Yield what a reader of the scores should know."""
+    """Yield remarks for a reader of the scores."""
     if count <= extractor.num_features:
         yield (
             f"{count} images are no more than the {extractor.num_features} features: the Fréchet "

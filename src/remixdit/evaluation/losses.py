@@ -104,7 +104,7 @@ def squared_error(model: RemixDiT, output: Tensor, latents: Tensor, points: Poin
 def measure_owners(
     model: RemixDiT, held: HeldOut, points: Points, what: Measure, batch_size: int
 ) -> np.ndarray:
-    """Return (n,) what the expert that owns each image's timestep measures."""
+    """Measure each image with the expert that owns its timestep: (n,)."""
     experts = model.intervals.expert_at(points.timesteps)
     found = np.empty(len(held.latents))
     for expert in torch.unique(experts).tolist():
@@ -118,7 +118,7 @@ def measure_owners(
 def measure(
     model: RemixDiT, expert: int, held: HeldOut, points: Points, what: Measure, batch_size: int
 ) -> np.ndarray:
-    """Return (n,) what one expert measures at the given timesteps and noise."""
+    """Measure one expert at the given timesteps and noise: (n,)."""
     parts = []
     for rows in torch.split(torch.arange(len(held.latents)), batch_size):
         latents, labels = (values[rows].to(model.device) for values in held)

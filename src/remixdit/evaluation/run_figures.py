@@ -23,7 +23,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
-    """Yield the (name, figure) of whatever a run has to show.
+    """Yield (name, figure) for everything that a run has logged.
 
     Args:
         run_dir: Directory of a run, finished or not. Without a checkpoint only the loss curve can
@@ -39,7 +39,10 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
     except ValueError:
         return  # no checkpoint yet
     facts = describe(run_dir)
-    yield "loss-by-interval", loss_by_interval(interval_losses(rows), boundaries_of(run_dir, facts))
+    yield (
+        "loss-by-interval",
+        loss_by_interval(interval_losses(rows), logged_boundaries(run_dir, facts)),
+    )
     if facts["num_bases"] > 1:
         yield "coefficients", coefficients_heatmap(facts["coefficients"], facts["boundaries"])
     if facts["num_bases"] > 1 and facts["coefficient_kind"] != "one_hot":
@@ -70,7 +73,7 @@ def span(rows: Rows) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
-def boundaries_of(run_dir: Path, facts: Mapping[str, Any]) -> Sequence[float]:
-    """Return the ends of the intervals that losses were logged for: experts', or strata."""
+def logged_boundaries(run_dir: Path, facts: Mapping[str, Any]) -> Sequence[float]:
+    """Return the boundaries of the intervals of logged losses: those of experts, or strata."""
     stated = stated_settings(run_dir) or {}
     return list(stated.get("boundaries", facts["boundaries"]))

@@ -154,7 +154,7 @@ def frechet_score(pair: Pair, output: str) -> Score:
 
 
 def with_jackknife(known: tuple[Tensor, Tensor], fake: Tensor, seed: int) -> Score:
-    """Return the Fréchet distance, and its error where there are enough images to tell."""
+    """Return the Fréchet distance, and its error if there are enough images."""
     if len(fake) < 2 * NUM_GROUPS:
         value = frechet_distance(known, gaussian(fake))
         return {"value": value, "standard_error": None, "error_is": None}
@@ -225,7 +225,7 @@ def real_score(
     measure: Callable[[Tensor, Tensor], float],
     num_reference: int | None = None,
 ) -> Score:
-    """Return what as many real images as are under test score against others, or why not.
+    """Return the score of real images, as many as are under test, against other real images.
 
     Args:
         pair: Two sets under comparison.

@@ -29,7 +29,7 @@ class Subject(NamedTuple):
 def model_subject(
     checkpoint: str, model: RemixDiT, sampling: SamplingConfig, facts: dict[str, Any]
 ) -> Subject:
-    """Return the images that a model draws when they are asked for.
+    """Return the samples of a model, which are drawn when they are read.
 
     Args:
         checkpoint: The path or name that the user gave.
@@ -40,16 +40,10 @@ def model_subject(
     scheduler = sampling.resolved_scheduler(model)
     labels = labels_of(model, sampling).numpy()
     autoencoder = load_autoencoder(model.config.autoencoder)
-    network = model.config.network
-    size, channels = network.input_size, network.in_channels
+    size, channels = image_shape(model, autoencoder)
     if isinstance(autoencoder, LatentAutoencoder):
         autoencoder.to(model.device)
-        size, channels = size * autoencoder.downsampling, int(autoencoder.config["out_channels"])
-    if isinstance(autoencoder, Pixels) and channels not in (1, 3):
-        raise ValueError(
-            f"autoencoder must be known for a model of {channels} channels, got none: import it "
-            "again with --autoencoder"
-        )
+    network = model.config.network
 
     def read(parts: Sequence[np.ndarray]) -> Iterator[ImageBatch]:
         for rows in parts:
@@ -69,6 +63,19 @@ def model_subject(
     about = {**asdict(sampling), "scheduler": scheduler, "labels": label_scheme(model, sampling)}
     del about["num_images"], about["precompute"]
     return Subject(images, {"checkpoint": str(checkpoint), "sampling": {**about, **facts}})
+
+
+def image_shape(model: RemixDiT, autoencoder: Autoencoder) -> tuple[int, int]:
+    """Return the size and the number of channels of decoded samples."""
+    size, channels = model.config.network.input_size, model.config.network.in_channels
+    if isinstance(autoencoder, LatentAutoencoder):
+        return size * autoencoder.downsampling, int(autoencoder.config["out_channels"])
+    if isinstance(autoencoder, Pixels) and channels not in (1, 3):
+        raise ValueError(
+            f"autoencoder must be known for a model of {channels} channels, got none: import it "
+            "again with --autoencoder"
+        )
+    return size, channels
 
 
 def drawn_images(

@@ -18,6 +18,8 @@ from PIL import Image
 
 from remixdit.files import write_file
 
+__all__ = ["Block", "Commands", "Heading", "Picture", "Table", "Text", "write_report"]
+
 # Nothing is loaded from anywhere, whatever a text may hold.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

@@ -30,6 +30,17 @@ from matplotlib.ticker import (
 )
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = [
+    "coefficients_heatmap",
+    "gradient_curve",
+    "interval_labels",
+    "loss_by_interval",
+    "loss_curve",
+    "loss_matrix",
+    "save",
+    "smoothed",
+]
+
 Floats = NDArray[np.float64]
 
 # Okabe and Ito's eight colours, told apart with any kind of colour blindness; yellow comes last.

@@ -10,7 +10,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from remixdit.images.source import UNLABELLED, Source, fingerprint, name_of, numbered_class_names
+from remixdit.images.source import (
+    UNLABELLED,
+    Source,
+    collection_name,
+    fingerprint,
+    numbered_class_names,
+)
 
 __all__ = ["mnist5k_source", "npz_source", "tar_source"]
 
@@ -69,7 +75,7 @@ def tar_source(path: Path, split: str | None) -> Source:
         _index_tar(file, number, members, labels)
     class_labels = np.array(labels, np.int64)
     return Source(
-        name=name_of(path) if split is None else f"{name_of(path)}/{split}",
+        name=collection_name(path) if split is None else f"{collection_name(path)}/{split}",
         image_names=[f"{paths[m.file].name}:{m.name}" for m in members],
         class_labels=class_labels,
         class_names=numbered_class_names(class_labels),

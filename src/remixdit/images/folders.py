@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from remixdit.images.source import UNLABELLED, Source, fingerprint, name_of
+from remixdit.images.source import UNLABELLED, Source, collection_name, fingerprint
 
 __all__ = ["FileReader", "folder_source"]
 
@@ -43,7 +43,7 @@ def folder_source(root: Path, split: str | None) -> Source:
     class_names, class_labels = _classes(root, paths)
     sizes = [_file_bytes(root / path) for path in paths]
     return Source(
-        name=name_of(root),
+        name=collection_name(root),
         image_names=paths,
         class_labels=class_labels,
         class_names=class_names,
@@ -81,7 +81,7 @@ def _check_class_folders(root: Path, names: list[str], first_loose: str | None) 
     if first_loose is not None:
         raise ValueError(f"{root} holds class folders and the loose image {first_loose}")
     if len(names) == 1:
-        # Nearly always one level too high; and one label for all says nothing to a network.
+        # Nearly always one level too high, and a single label carries no information.
         raise ValueError(
             f"{root} holds the one class folder {names[0]!r}: give {root / names[0]} instead"
         )

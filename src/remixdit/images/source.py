@@ -19,8 +19,8 @@ __all__ = [
     "UNLABELLED",
     "Source",
     "UnreadableImageError",
+    "collection_name",
     "fingerprint",
-    "name_of",
     "numbered_class_names",
 ]
 
@@ -123,7 +123,7 @@ def fingerprint(parts: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def name_of(path: Path) -> str:
+def collection_name(path: Path) -> str:
     """Return what a collection is called, however its folder is spelled: `.` has a name too."""
     return path.resolve().name if path.is_dir() else path.name
 

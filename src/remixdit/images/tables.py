@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from remixdit.images.source import UNLABELLED, Source, fingerprint, name_of, numbered_class_names
+from remixdit.images.source import (
+    UNLABELLED,
+    Source,
+    collection_name,
+    fingerprint,
+    numbered_class_names,
+)
 
 __all__ = ["hub_source", "parquet_source"]
 
@@ -34,13 +40,13 @@ class ParquetReader:
 
     def __call__(self, index: int) -> bytes:
         group = int(np.searchsorted(self.first_rows, index, side="right")) - 1
-        row = self._column_of(group)[index - int(self.first_rows[group])].as_py()
+        row = self._column(group)[index - int(self.first_rows[group])].as_py()
         encoded = row.get("bytes") if isinstance(row, dict) else row
         if not isinstance(encoded, bytes):
             raise ValueError("the row holds no image bytes")
         return encoded
 
-    def _column_of(self, group: int) -> Any:
+    def _column(self, group: int) -> Any:
         # Several threads read ahead around the end of a group: keep more than the latest.
         with self._lock:
             if group not in self._latest:
@@ -75,7 +81,7 @@ def parquet_source(path: Path, split: str | None) -> Source:
     ]
     files = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}" for file in paths]
     return Source(
-        name=name_of(path) if split is None else f"{name_of(path)}/{split}",
+        name=collection_name(path) if split is None else f"{collection_name(path)}/{split}",
         image_names=names,
         class_labels=labels if labels is not None else np.full(len(names), UNLABELLED, np.int64),
         class_names=class_names,
@@ -146,9 +152,9 @@ def _parquet_files(path: Path, split: str | None) -> tuple[Path, list[Path]]:
     """Return the folder the files lie in, and those of the split, in order."""
     root = path if path.is_dir() else path.parent
     paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    splits = {_split_of(root, file): file for file in paths}
+    splits = {_split_name(root, file): file for file in paths}
     if split is not None:
-        paths = [file for file in paths if _split_of(root, file) == split]
+        paths = [file for file in paths if _split_name(root, file) == split]
         if not paths:
             raise ValueError(f"split must be one of {', '.join(sorted(splits))}, got {split!r}")
     elif len(splits) > 1:
@@ -156,7 +162,7 @@ def _parquet_files(path: Path, split: str | None) -> tuple[Path, list[Path]]:
     return root, paths
 
 
-def _split_of(root: Path, file: Path) -> str:
+def _split_name(root: Path, file: Path) -> str:
     """`train-00000-of-00002.parquet`, `train.parquet` and `train/0000.parquet` are all "train"."""
     stem = file.stem.split("-", 1)[0]
     if stem.isdigit():

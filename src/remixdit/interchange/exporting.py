@@ -57,7 +57,7 @@ class ExportConfig:
     """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be exported."""
+        """Refuse formats and experts that cannot be exported."""
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         if self.format == "experts" and self.expert is not None:
@@ -169,7 +169,7 @@ def chosen_expert(model: RemixDiT, expert: int | None) -> int:
 
 
 def write_dit(model: RemixDiT, expert: int, path: Path) -> None:
-    """Write one expert under the published names; the header keeps what shapes do not tell."""
+    """Write one expert under the published names; the header keeps facts beyond the shapes."""
     state = official_state(model.expert(expert))
     metadata = {
         "format": "pt",

@@ -45,7 +45,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_pickle(path: Path) -> Any:
-    """Return what a file of `torch.save` holds, if that is data and nothing else.
+    """Return the content of a file of `torch.save`, if it is pure data.
 
     Published checkpoints keep the arguments of their training run in an `argparse.Namespace`.
     That class is inert, and the only one allowed beyond tensors and plain containers.

@@ -14,8 +14,8 @@ from remixdit.interchange.layout import (
     LOGITS,
     check_shapes,
     infer_config,
+    load_network,
     mixed_in,
-    network_of,
     without_prefix,
 )
 from remixdit.model.config import RemixConfig
@@ -107,22 +107,22 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
         num_heads = int(metadata["num_heads"])  # one of our own exports
     network = infer_config(state, num_heads, options.input_size)
     check_shapes(state, network)
-    num_bases, num_experts = counts_of(state, options)
+    num_bases, num_experts = mixture_counts(state, options)
     config = RemixConfig(
         network=network,
         num_bases=num_bases,
         num_experts=num_experts,
         class_names=options.class_names,
         autoencoder={"name": options.autoencoder},
-        license=license_of(options, metadata, path),
+        license=weights_license(options, metadata, path),
     )
     weights = {name: v.float() for name, v in state.items() if name != "pos_embed"}
     if LOGITS in weights:
-        return mixture_of(weights, config)
-    return RemixDiT(config, network_of(weights, network)).eval()
+        return import_mixture(weights, config)
+    return RemixDiT(config, load_network(weights, network)).eval()
 
 
-def counts_of(state: Mapping[str, Tensor], options: ImportOptions) -> tuple[int, int]:
+def mixture_counts(state: Mapping[str, Tensor], options: ImportOptions) -> tuple[int, int]:
     """Return K and N: those of a Remix-DiT, those asked for of a plain DiT."""
     if LOGITS not in state:
         if options.num_bases is None or options.num_experts is None:
@@ -138,7 +138,7 @@ def counts_of(state: Mapping[str, Tensor], options: ImportOptions) -> tuple[int,
     return num_bases, num_experts
 
 
-def mixture_of(weights: dict[str, Tensor], config: RemixConfig) -> RemixDiT:
+def import_mixture(weights: dict[str, Tensor], config: RemixConfig) -> RemixDiT:
     """Return the model of a published Remix-DiT's weights."""
     mixed = mixed_in(config.network)
     state = {"logits": weights.pop(LOGITS)}
@@ -149,7 +149,7 @@ def mixture_of(weights: dict[str, Tensor], config: RemixConfig) -> RemixDiT:
     return model.eval()
 
 
-def license_of(options: ImportOptions, metadata: Mapping[str, str], path: Path) -> str:
+def weights_license(options: ImportOptions, metadata: Mapping[str, str], path: Path) -> str:
     """Return the licence of the weights: as given, as the file says, or as released."""
     if options.license is not None:
         return options.license

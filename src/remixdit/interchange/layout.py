@@ -22,8 +22,8 @@ __all__ = [
     "LOGITS",
     "check_shapes",
     "infer_config",
+    "load_network",
     "mixed_in",
-    "network_of",
     "official_state",
     "without_prefix",
 ]
@@ -54,9 +54,9 @@ def infer_config(
         num_heads: Needed for a width that is not a published one: the shapes do not tell it.
         input_size: Needed without `pos_embed`, whose number of tokens tells it.
     """
-    width, in_channels, patch_size, _ = shape_of(state, PATCHES, 4)
-    mlp_width = shape_of(state, "blocks.0.mlp.fc1.bias", 1, 2)[-1]
-    outputs, one_output = shape_of(state, "final_layer.linear.bias", 1)[0], patch_size**2
+    width, in_channels, patch_size, _ = parameter_shape(state, PATCHES, 4)
+    mlp_width = parameter_shape(state, "blocks.0.mlp.fc1.bias", 1, 2)[-1]
+    outputs, one_output = parameter_shape(state, "final_layer.linear.bias", 1)[0], patch_size**2
     if outputs not in (one_output * in_channels, 2 * one_output * in_channels):
         raise ValueError(
             f"final_layer.linear.bias must have {one_output * in_channels} numbers, or twice as "
@@ -64,19 +64,19 @@ def infer_config(
         )
     table = "y_embedder.embedding_table.weight"
     return DiTConfig(
-        input_size=input_size_of(state, patch_size, input_size),
+        input_size=latent_size(state, patch_size, input_size),
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=width,
         depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_heads=num_heads_of(width) if num_heads is None else num_heads,
-        mlp_ratio=ratio_of(mlp_width, width),
-        num_classes=shape_of(state, table, 2)[0] - 1 if table in state else 0,
+        num_heads=published_num_heads(width) if num_heads is None else num_heads,
+        mlp_ratio=exact_mlp_ratio(mlp_width, width),
+        num_classes=parameter_shape(state, table, 2)[0] - 1 if table in state else 0,
         learn_sigma=outputs == 2 * one_output * in_channels,
     )
 
 
-def shape_of(state: State, name: str, *axes: int) -> tuple[int, ...]:
+def parameter_shape(state: State, name: str, *axes: int) -> tuple[int, ...]:
     """Return the shape of a tensor that must be there, with one of the numbers of axes."""
     shape = tuple(state[name].shape) if name in state else None
     if shape is None or len(shape) not in axes or 0 in shape:
@@ -87,7 +87,7 @@ def shape_of(state: State, name: str, *axes: int) -> tuple[int, ...]:
     return shape
 
 
-def num_heads_of(width: int) -> int:
+def published_num_heads(width: int) -> int:
     """Return the number of heads of the published size of a width."""
     published = {hidden_size: heads for _, hidden_size, heads in SIZES.values()}
     if width not in published:
@@ -98,13 +98,13 @@ def num_heads_of(width: int) -> int:
     return published[width]
 
 
-def ratio_of(mlp_width: int, width: int) -> float:
+def exact_mlp_ratio(mlp_width: int, width: int) -> float:
     """Return the `mlp_ratio` for which int(width * mlp_ratio) is `mlp_width`."""
     ratio = mlp_width / width
     return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
-def input_size_of(state: State, patch_size: int, given: int | None) -> int:
+def latent_size(state: State, patch_size: int, given: int | None) -> int:
     """Return height and width of the latents, from the number of tokens in `pos_embed`."""
     if "pos_embed" not in state:
         if given is None:
@@ -112,7 +112,7 @@ def input_size_of(state: State, patch_size: int, given: int | None) -> int:
                 "input_size must be given (--input-size): the checkpoint has no pos_embed, got none"
             )
         return given
-    tokens = shape_of(state, "pos_embed", 3)[1]
+    tokens = parameter_shape(state, "pos_embed", 3)[1]
     found = math.isqrt(tokens) * patch_size
     if math.isqrt(tokens) ** 2 != tokens or given not in (None, found):
         raise ValueError(
@@ -133,7 +133,7 @@ def skeleton(config: DiTConfig) -> DiT:
         return DiT(config)
 
 
-def network_of(state: State, config: DiTConfig) -> DiT:
+def load_network(state: State, config: DiTConfig) -> DiT:
     """Return the network of given weights; none are drawn, which takes long for a large one."""
     network = skeleton(config)
     network.load_state_dict({n: v for n, v in state.items() if n != "pos_embed"}, assign=True)
@@ -146,7 +146,7 @@ def check_shapes(state: State, config: DiTConfig) -> None:
     """Refuse missing, extra and misshaped tensors, and positions that are not ours."""
     expected = {name: tuple(v.shape) for name, v in skeleton(config).state_dict().items()}
     if LOGITS in state:
-        num_experts, num_bases = shape_of(state, LOGITS, 2)
+        num_experts, num_bases = parameter_shape(state, LOGITS, 2)
         bases = {name: (num_bases, *expected[name]) for name in mixed_in(config)}
         expected = {**expected, **bases, LOGITS: (num_experts, num_bases)}
     found = {name: tuple(values.shape) for name, values in state.items() if name != "pos_embed"}

@@ -24,6 +24,8 @@ from remixdit.evaluation.features.inception import (
 )
 from remixdit.files import file_digest
 
+__all__ = ["Extractor", "Features", "load_extractor", "metric_name"]
+
 DEFAULT_DINOV2 = "facebook/dinov2-large"  # ViT-L/14, the usual choice for this metric
 
 

@@ -18,6 +18,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+__all__ = [
+    "Conv",
+    "ConvNorm",
+    "InceptionOutput",
+    "InceptionV3",
+    "Mixed",
+    "load_inception",
+    "resize_like_tensorflow",
+]
+
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["Reference", "read_reference", "write_statistics"]
+
 Statistics = tuple[Tensor, Tensor]
 
 

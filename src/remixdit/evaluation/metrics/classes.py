@@ -11,6 +11,8 @@ from torch import Tensor
 
 from remixdit.evaluation.metrics.samples import Spread, check_features, spread
 
+__all__ = ["LinearProbe", "fit_linear_probe", "inception_score", "linear_probe_accuracy"]
+
 
 def inception_score(logits: Tensor, *, num_splits: int = 10, seed: int = 0) -> Spread:
     """Return the inception score over splits: in [1, C], better when higher.

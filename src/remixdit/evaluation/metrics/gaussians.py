@@ -15,6 +15,15 @@ from torch import Tensor
 
 from remixdit.evaluation.metrics.samples import Estimate, check_features
 
+__all__ = [
+    "Gaussian",
+    "Moments",
+    "bootstrap_frechet",
+    "frechet_distance",
+    "gaussian",
+    "jackknife_frechet",
+]
+
 
 class Gaussian(NamedTuple):
     """Mean and covariance of features; any such pair of tensors will do in its place."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from remixdit.evaluation.metrics.samples import Estimate, Spread, check_pair, chunks, draw, spread
 
+__all__ = ["kernel_distance", "kernel_distance_subsets"]
+
 
 def kernel_distance(real: Tensor, fake: Tensor, *, chunk_size: int = 2048) -> Estimate:
     """Return the kernel distance over all pairs of images, with its jackknife standard error.

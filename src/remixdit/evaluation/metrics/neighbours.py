@@ -10,6 +10,14 @@ from torch import Tensor
 
 from remixdit.evaluation.metrics.samples import Estimate, check_features, check_pair, chunks, draw
 
+__all__ = [
+    "Memorisation",
+    "PrecisionRecall",
+    "memorisation",
+    "nearest_neighbours",
+    "precision_recall",
+]
+
 
 class PrecisionRecall(NamedTuple):
     """Fractions in [0, 1], better when higher."""

@@ -7,6 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Estimate",
+    "Spread",
+    "check_features",
+    "check_pair",
+    "chunks",
+    "draw",
+    "real_floor",
+    "spread",
+]
+
 
 class Estimate(NamedTuple):
     """A value, and the standard deviation that drawing other images would give it."""

@@ -17,6 +17,8 @@ from remixdit.evaluation.metrics.neighbours import (
     precision_recall,
 )
 
+__all__ = ["Check", "self_test"]
+
 logger = logging.getLogger(__name__)
 
 
