@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from remixdit.diffusion.dit import SIZES, DiT, DiTConfig, sincos_positions
-from remixdit.mixture.names import MIXED, mixed_names
+from remixdit.mixture.names import matches, patterns_of
 
 __all__ = [
     "LOGITS",
@@ -124,7 +124,8 @@ def latent_size(state: State, patch_size: int, given: int | None) -> int:
 
 def mixed_in(config: DiTConfig) -> set[str]:
     """Return the names that have a basis axis in a published Remix-DiT."""
-    return mixed_names(skeleton(config), MIXED["attention+mlp"], {})
+    patterns = patterns_of("attention+mlp")
+    return {name for name, _ in skeleton(config).named_parameters() if matches(name, patterns)}
 
 
 def skeleton(config: DiTConfig) -> DiT:

@@ -14,66 +14,16 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from remixdit.mixture.coefficients import initial_table, own_basis_loss
 from remixdit.mixture.names import tied_names
-from remixdit.mixture.product import Span
+from remixdit.mixture.routing import Batch, sorted_by_expert
 
-__all__ = ["Batch", "Experts"]
-
-
-class Route(NamedTuple):
-    """How the images of a batch are grouped by expert."""
-
-    experts: Tensor
-    """(M,) distinct experts, on the device."""
-    spans: tuple[Span, ...]
-    """How many images each has."""
-    order: Tensor | None
-    """(B,) places of the images, expert by expert; None if they are given so."""
-    inverse: Tensor | None
-    """(B,) where each image went."""
-
-
-class Batch(NamedTuple):
-    """What the layers need to know of the batch at hand."""
-
-    coefficients: Tensor
-    """(L, M, K), differentiable with respect to the logits."""
-    spans: tuple[Span, ...]
-    order: Tensor | None
-    inverse: Tensor | None
-
-    def images(self, values: Tensor) -> int:
-        """Return B, which divides the first dimension of what a layer is given."""
-        count = sum(experts * size for experts, size in self.spans)
-        if len(values) % count:
-            raise ValueError(
-                f"a mixed layer must be given rows of each of the {count} images that "
-                f"experts.route was told of, got {tuple(values.shape)}"
-            )
-        return count
-
-    def in_order(self, images: Tensor) -> Tensor:
-        """Return (B, ...) expert by expert; without a copy if they are given so."""
-        return images if self.order is None else images[self.order]
-
-    def as_given(self, images: Tensor) -> Tensor:
-        """Return (B, ...) in the order in which the images were given."""
-        return images if self.inverse is None else images[self.inverse]
-
-    def slices(self) -> Iterator[slice]:
-        """Yield the place of each expert's images among the ordered ones."""
-        start = 0
-        for experts, size in self.spans:
-            for _ in range(experts):
-                yield slice(start, start + size)
-                start += size
+__all__ = ["Experts"]
 
 
 class Experts(nn.Module):
@@ -89,7 +39,7 @@ class Experts(nn.Module):
     """
 
     network: nn.Module
-    _route: Route | None
+    _route: Batch | None
     _batch: Batch | None
 
     def __init__(
@@ -139,7 +89,7 @@ class Experts(nn.Module):
             expert_of_image: (B,) integers in [0, N), on the CPU, in any order.
         """
         given = torch.as_tensor(expert_of_image)
-        route = grouped_by_expert(given, self.num_experts, self.logits.device)
+        route = sorted_by_expert(given, self.num_experts, self.logits.device)
         with self._lock:
             before, self._route = self._route, route
             try:
@@ -166,8 +116,8 @@ class Experts(nn.Module):
             return
         if self._route is None:
             raise RuntimeError(NO_ROUTE)
-        experts, spans, order, inverse = self._route
-        self._batch = Batch(self.coefficients()[:, experts], spans, order, inverse)
+        coefficients = self.coefficients()[:, self._route.experts]
+        self._batch = self._route._replace(coefficients=coefficients)
 
     def _forget(self) -> None:
         self._route = self._batch = None
@@ -275,43 +225,3 @@ NO_ROUTE = (
     "a remixed network must know whose images it is given: call it inside "
     "`with experts.route(expert_of_image):`"
 )
-
-
-def grouped_by_expert(given: Tensor, num_experts: int, device: torch.device) -> Route:
-    """Return how the images of a batch are grouped.
-
-    Args:
-        given: (B,) integers in [0, N), on the CPU.
-        num_experts: N.
-        device: Where the layers run.
-    """
-    check_given(given, num_experts)
-    order = inverse = None
-    experts, counts = given.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
-    if len(experts.unique()) < len(experts):
-        ordered, order = given.sort(stable=True)
-        inverse = sent(order.argsort(), device)
-        order = sent(order, device)
-        experts, counts = ordered.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
-    spans = tuple((len(list(equal)), size) for size, equal in groupby(counts.tolist()))
-    return Route(sent(experts.long(), device), spans, order, inverse)
-
-
-def check_given(given: Tensor, num_experts: int) -> None:
-    """Refuse what cannot be the experts of images."""
-    if given.ndim != 1 or not len(given) or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(
-            f"expert_of_image must be (B,) integers, got {tuple(given.shape)} {given.dtype}"
-        )
-    if given.device.type != "cpu":
-        raise ValueError(f"expert_of_image must be on the CPU, got {given.device}")
-    least, most = int(given.min()), int(given.max())
-    if least < 0 or most >= num_experts:
-        raise ValueError(f"expert_of_image must be in [0, {num_experts}), got {least} to {most}")
-
-
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """Return CPU values on a device, without waiting for it."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)

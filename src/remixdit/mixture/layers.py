@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from remixdit.mixture.experts import Batch, Experts
+from remixdit.mixture.experts import Experts
 from remixdit.mixture.product import MixedProduct, mix
+from remixdit.mixture.routing import Batch
 
 __all__ = ["MixedLayer"]
 
@@ -77,9 +78,11 @@ class MixedLayer(nn.Module):
         kind, bias = inputs.device.type, getattr(self, "bias", None)
         if torch.is_autocast_enabled(kind):
             inputs = inputs.to(torch.get_autocast_dtype(kind))
-        images = batch.in_order(inputs.reshape(batch.images(inputs), -1, inputs.shape[-1]))
+        images = inputs.reshape(batch.images(inputs), -1, inputs.shape[-1])  # (B, q ..., I)
+        if batch.order is not None:
+            images = images[batch.order]
         mixed_bias = bias if "bias" in self.mixed else None
-        coefficients = batch.coefficients[self.table]
+        coefficients = batch.rows(self.table)
         # Mixing stays in float32: autocast would round coefficients and bases first.
         with torch.autocast(kind, enabled=False):
             outputs = MixedProduct.apply(  # type: ignore[no-untyped-call]
@@ -87,7 +90,9 @@ class MixedLayer(nn.Module):
             )
         if bias is not None and mixed_bias is None:
             outputs = outputs + bias.to(outputs.dtype)
-        return batch.as_given(outputs).view(*inputs.shape[:-1], outputs.shape[-1])
+        if batch.inverse is not None:
+            outputs = outputs[batch.inverse]
+        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
     def by_expert(self, batch: Batch, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Run the original layer once an expert, on its images."""
@@ -95,7 +100,7 @@ class MixedLayer(nn.Module):
         inputs = tuple(part(value, count, batch.order) for value in inputs)
         options = {name: part(value, count, batch.order) for name, value in options.items()}
         outputs = []
-        for row, images in zip(batch.coefficients[self.table], batch.slices(), strict=True):
+        for row, images in zip(batch.rows(self.table), batch.slices(), strict=True):
             own = tuple(cut(value, count, images) for value in inputs)
             more = {name: cut(value, count, images) for name, value in options.items()}
             weights = {name: self.mixed_weight(name, row) for name in self.mixed}

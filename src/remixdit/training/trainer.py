@@ -177,5 +177,8 @@ class Training:
 
 def compile_blocks(network: nn.Module) -> None:
     """Compile a network block by block: one graph serves all blocks, at any M."""
+    # With a coefficient table for each block every block has a graph of its own.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(network.blocks))  # type: ignore[arg-type]
     for block in network.blocks:  # type: ignore[union-attr]
         block.compile(fullgraph=True)

@@ -1,0 +1,92 @@
+"""Which images of a batch belong to which expert, and in which order they run.
+
+Shapes: B images, N experts, M of them in a batch, L coefficient tables, K bases.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from remixdit.mixture.product import Span
+
+__all__ = ["Batch", "sorted_by_expert"]
+
+
+class Batch(NamedTuple):
+    """The images of a batch, grouped by expert."""
+
+    experts: Tensor
+    """(M,) distinct experts, on the device."""
+    spans: tuple[Span, ...]
+    """How many images each has."""
+    order: Tensor | None
+    """(B,) places of the images, expert by expert; None if they are given so."""
+    inverse: Tensor | None
+    """(B,) where each image went."""
+    coefficients: Tensor | None = None
+    """(L, M, K), differentiable with respect to the logits; known when the network runs."""
+
+    def rows(self, table: int) -> Tensor:
+        """Return the (M, K) coefficients of one table."""
+        assert self.coefficients is not None
+        return self.coefficients[table]
+
+    def images(self, values: Tensor) -> int:
+        """Return B, which divides the first dimension of what a layer is given."""
+        count = sum(experts * size for experts, size in self.spans)
+        if len(values) % count:
+            raise ValueError(
+                f"a mixed layer must be given rows of each of the {count} images that "
+                f"experts.route was told of, got {tuple(values.shape)}"
+            )
+        return count
+
+    def slices(self) -> Iterator[slice]:
+        """Yield the place of each expert's images among the ordered ones."""
+        start = 0
+        for experts, size in self.spans:
+            for _ in range(experts):
+                yield slice(start, start + size)
+                start += size
+
+
+def sorted_by_expert(given: Tensor, num_experts: int, device: torch.device) -> Batch:
+    """Return how the images of a batch are grouped.
+
+    Args:
+        given: (B,) integers in [0, N), on the CPU, in any order.
+        num_experts: N.
+        device: Where the layers run.
+    """
+    check_given(given, num_experts)
+    order = inverse = None
+    experts, counts = given.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    if len(experts.unique()) < len(experts):
+        ordered, order = given.sort(stable=True)
+        inverse, order = sent(order.argsort(), device), sent(order, device)
+        experts, counts = ordered.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    spans = tuple((len(list(equal)), size) for size, equal in groupby(counts.tolist()))
+    return Batch(sent(experts.long(), device), spans, order, inverse)
+
+
+def check_given(given: Tensor, num_experts: int) -> None:
+    """Refuse what cannot be the experts of images."""
+    if given.ndim != 1 or not len(given) or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(
+            f"expert_of_image must be (B,) integers, got {tuple(given.shape)} {given.dtype}"
+        )
+    if given.device.type != "cpu":
+        raise ValueError(f"expert_of_image must be on the CPU, got {given.device}")
+    least, most = int(given.min()), int(given.max())
+    if least < 0 or most >= num_experts:
+        raise ValueError(f"expert_of_image must be in [0, {num_experts}), got {least} to {most}")
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return CPU values on a device, without waiting for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
