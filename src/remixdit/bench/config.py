@@ -15,9 +15,9 @@ NAIVELY_MIXED = "attention+mlp"  # what the naive reference can mix
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What a benchmark measures; the defaults take a minute on two CPU cores."""
+    """What a benchmark measures; the defaults take a minute or two on two CPU cores."""
 
-    network: str = "192x6/2"
+    network: str = "128x4/2"
     """Shape of the network: a published one, e.g. S/2 or B/4, or WIDTHxDEPTH/PATCH."""
     input_size: int = 16
     """Height and width of the latents, which have 4 channels."""
@@ -31,7 +31,7 @@ class BenchConfig:
     """Numbers of experts that share a training step, M, timed one after the other; 0 for all N."""
     mixed: str = NAIVELY_MIXED
     """Parameters to mix: attention+mlp, all, or patterns of names separated by commas."""
-    steps: int = 10
+    steps: int = 8
     """Number of timed training steps, or trajectories, of each variant."""
     num_inference_steps: int = 250
     """Steps of a trajectory."""

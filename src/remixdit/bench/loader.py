@@ -18,15 +18,15 @@ class LoaderConfig:
     """A loader to time."""
 
     shards: str
-    """A directory of shards."""
+    """Directory of shards."""
     batch_size: int = 256
-    """Images a batch."""
+    """Images in a batch."""
     steps: int = 100
-    """Batches that are timed, after a tenth as many that are not."""
+    """Number of timed batches, after a tenth as many that warm up."""
 
 
 def bench_loader(config: LoaderConfig) -> dict[str, Any]:
-    """Time batches as training gets them, shuffled and made ahead in threads."""
+    """Time batches as training gets them: shuffled, and made ahead in a thread."""
     loader = Loader(ShardDataset(config.shards), config.batch_size)
     batches = loader.batches(0, lambda step, batch: batch)
     for _ in range(1 + config.steps // 10):
