@@ -71,11 +71,11 @@ class MixedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             input_grads = times(grads, mix(bases, coefficients, inputs.dtype), ctx.spans)
         pairs = zip(grouped(grads, ctx.spans), grouped(inputs, ctx.spans), strict=True)
-        weight_grads = torch.cat([torch.bmm(g.transpose(1, 2), x) for (g, _), (x, _) in pairs])
+        weight_grads = together([torch.bmm(g.transpose(1, 2), x) for (g, _), (x, _) in pairs])
         basis_grads, coefficient_grads = folded(weight_grads, bases, coefficients)
         bias_grads = None
         if biases is not None:
-            sums = torch.cat([g.sum(1) for g, _ in grouped(grads, ctx.spans)]).to(biases.dtype)
+            sums = together([g.sum(1) for g, _ in grouped(grads, ctx.spans)]).to(biases.dtype)
             bias_grads = coefficients.t() @ sums
             coefficient_grads = coefficient_grads + sums @ biases.t()
         return input_grads, basis_grads, bias_grads, coefficient_grads, None
@@ -99,14 +99,25 @@ def grouped(images: Tensor, spans: tuple[Span, ...]) -> list[tuple[Tensor, slice
 
 def joined(parts: list[Tensor], images: Tensor) -> Tensor:
     """Return the groups as images again: (B, R, *)."""
-    shaped = [part.view(-1, images.shape[1], part.shape[-1]) for part in parts]
-    return shaped[0] if len(shaped) == 1 else torch.cat(shaped)
+    return together([part.view(-1, images.shape[1], part.shape[-1]) for part in parts])
+
+
+def together(parts: list[Tensor]) -> Tensor:
+    """Return the parts one after the other, without a copy if there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def mix(bases: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the mixed weights (M, *) in `dtype`, of (K, *) bases and (M, K) coefficients."""
-    flat = bases.flatten(1)
-    return (coefficients @ flat).to(dtype).view(-1, *bases.shape[1:])
+    flat, shape = bases.flatten(1), (len(coefficients), *bases.shape[1:])
+    if dtype.itemsize >= flat.itemsize:
+        return (coefficients.to(flat.dtype) @ flat).to(dtype).view(shape)
+    # Written once, in half of the bytes. Coefficients of 8 bits would scale whole networks by a
+    # little, so each is the sum of two.
+    high = coefficients.to(dtype)
+    low = (coefficients - high).to(dtype)
+    flat = flat.to(dtype)
+    return (torch.cat([high, low], 1) @ torch.cat([flat, flat])).view(shape)
 
 
 def folded(weight_grads: Tensor, bases: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
