@@ -29,7 +29,7 @@ def test_parameters_carry_the_published_names_and_shapes(given, settings):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),  # table 4 of arXiv 2212.09748
+    ("name", "millions"),  # table 4 of arXiv:2212.09748
     [("DiT-S/2", 33), ("DiT-B/2", 130), ("L/2", 458), ("XL/2", 675), ("s/8", 33)],
 )
 def test_named_sizes_have_the_published_number_of_parameters(name, millions):

@@ -67,7 +67,7 @@ def test_a_perfect_prediction_has_no_error_and_gives_the_latents_back(prediction
 
 
 def test_v_prediction_is_the_derivative_along_the_circle():
-    """With signal cos(u) and noise sin(u), v is d noisy / d u (arXiv 2202.00512)."""
+    """With signal cos(u) and noise sin(u), v is d noisy / d u (arXiv:2202.00512)."""
     diffusion = Diffusion("v_prediction", learn_sigma=False)
     latents, noise = torch.randn(2, 1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([400])

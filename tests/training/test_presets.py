@@ -18,7 +18,7 @@ def test_every_preset_is_a_run(name):
 
 
 def test_sizes_are_the_published_ones():
-    millions = {"s2": 33, "b2": 130, "l2": 458, "xl2": 675}  # table 1 of arXiv 2212.09748
+    millions = {"s2": 33, "b2": 130, "l2": 458, "xl2": 675}  # table 1 of arXiv:2212.09748
     for name, expected in millions.items():
         with torch.device("meta"):
             network = DiT(PRESETS[name].settings["network"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from remixdit.training.presets import PRESETS
 from tests.command_line import (
     files_below,
     pixels,
@@ -88,6 +89,18 @@ def test_missing_flags_are_named(capsys):
     assert refusal("train tiny", capsys) == (
         "required: --data STR, --output-dir PATH (remixdit train tiny --help says more)"
     )
+
+
+def test_a_typo_is_named_before_missing_flags(capsys):
+    assert refusal("train tiny --stps 5", capsys) == (
+        "Unrecognized options: --stps, 5; perhaps --steps; required: --data STR, --output-dir PATH"
+    )
+
+
+def test_names_and_summaries_of_presets_are_apart(capsys):
+    remixdit("train --help")
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name}  " in printed for name in PRESETS)
 
 
 # --- data

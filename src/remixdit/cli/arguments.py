@@ -15,6 +15,10 @@ __all__ = ["base_config", "parse", "refuse_moved"]
 
 Config = TypeVar("Config")
 
+MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+
+UNRECOGNIZED = "Unrecognized options:"  # tyro's words for flags that do not exist
+
 
 def parse(
     kind: type[Config], args: Sequence[str], command: str, default: Config | None = None
@@ -40,13 +44,14 @@ def parse(
                 kind,
                 prog=f"remixdit {command}",
                 args=list(args),
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
+                config=MARKERS,
                 **given,
             )
     except SystemExit as end:
         if not end.code:
             raise
-        raise ValueError(one_line(printed.getvalue(), command)) from None
+        flags = flags_of(kind, **given) if UNRECOGNIZED in printed.getvalue() else []
+        raise ValueError(one_line(printed.getvalue(), command, flags)) from None
 
 
 def base_config(arguments: object, kind: type[Config]) -> Config:
@@ -78,8 +83,14 @@ def wide_errors(args: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def one_line(box: str, command: str) -> str:
-    """Return the error inside of tyro's box: a title, the error and hints between rules."""
+def one_line(box: str, command: str, flags: Sequence[str]) -> str:
+    """Return the error inside of tyro's box: a title, the error and hints between rules.
+
+    Args:
+        box: Output of tyro.
+        command: Name of the command.
+        flags: Flags of the command, one of which a typo may mean.
+    """
     sections: list[list[str]] = [[]]
     for line in (line.strip("│").rstrip() for line in box.splitlines()):
         if set(line.strip()) <= {"-", "─"} or line.startswith(("╭", "╰")):
@@ -89,14 +100,30 @@ def one_line(box: str, command: str) -> str:
     error, hints = ([part for part in sections[1:] if part] + [[], []])[:2]
     more = f" (remixdit {command} --help says more)"
     if error and "Missing from" in error[0]:  # then flags, and further to the right their help
-        flags = [line.strip() for line in error if indent(line) == indent(error[1])]
-        return f"required: {', '.join(flags)}{more}"
+        missing = [line.strip() for line in error if indent(line) == indent(error[1])]
+        required = f"required: {', '.join(missing)}"
+        if not (hints and hints[0].strip().startswith(UNRECOGNIZED)):
+            return required + more
+        return f"{unrecognized([line.strip() for line in hints[1:]], flags)}; {required}"
     text = " ".join(line.strip() for line in error)
-    if not text.startswith("Unrecognized"):
+    if not text.startswith(UNRECOGNIZED):
         return re.sub(r"^Error parsing (?:(?!-)\S+: )?", "", text)
-    flags = [line.split()[0] for line in hints if line.strip().startswith("--")]
-    meant = get_close_matches(text.split(": ")[1].split(",")[0], flags, 1)
-    return f"{text}; perhaps {meant[0]}" if meant else f"{text}{more}"
+    found = unrecognized(text.removeprefix(UNRECOGNIZED).strip().split(", "), flags)
+    return found if "; perhaps " in found else found + more
+
+
+def unrecognized(words: Sequence[str], flags: Sequence[str]) -> str:
+    """Name words that are not understood, and the flag that the first may mean."""
+    meant = get_close_matches(words[0], flags, 1)
+    return f"{UNRECOGNIZED} {', '.join(words)}" + "".join(f"; perhaps {flag}" for flag in meant)
+
+
+def flags_of(kind: type, **given: Any) -> list[str]:
+    """Return the flags that the help of a command names."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], config=MARKERS, **given)
+    return re.findall(r"--[a-z][\w-]*", printed.getvalue())
 
 
 def indent(line: str) -> int:

@@ -30,15 +30,17 @@ class TrainArguments(TrainConfig):
     """Train or fine-tune; the same command again resumes."""
 
     init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Start from this model: a plain DiT to remix, or a mixture to go on with."""
+    """Model to start from: a plain DiT to remix, or a mixture to train further."""
 
 
 def run(args: Sequence[str]) -> None:
     """Train."""
     name, *rest = args or [""]
     if name in ("-h", "--help"):
+        width = max(map(len, PRESETS)) + 2
         lines = (
-            f"  {key:14}{value.summary}\n{'':16}{value.result}" for key, value in PRESETS.items()
+            f"  {key:{width}}{value.summary}\n{'':{width + 2}}{value.result}"
+            for key, value in PRESETS.items()
         )
         print(HELP.format(presets="\n".join(lines)), end="")
         return

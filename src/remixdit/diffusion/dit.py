@@ -1,4 +1,4 @@
-"""The diffusion transformer: DiT with adaLN-Zero blocks (arXiv 2212.09748).
+"""The diffusion transformer: DiT with adaLN-Zero blocks (arXiv:2212.09748).
 
     tokens = patches(latents) + positions
     conditioning = embed(timesteps) + embed(class_labels)
@@ -23,7 +23,7 @@ from remixdit.seeds import generator_for
 
 __all__ = ["SIZES", "DiT", "DiTConfig"]
 
-# name: (depth, hidden_size, num_heads), table 1 of arXiv 2212.09748
+# name: (depth, hidden_size, num_heads), table 1 of arXiv:2212.09748
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding of a timestep
@@ -31,26 +31,26 @@ FREQUENCY_SIZE = 256  # width of the sinusoidal embedding of a timestep
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """The shape of a DiT."""
+    """Shape of a DiT."""
 
     input_size: int = 32
     """Height and width of the latents."""
     patch_size: int = 2
-    """Height and width of a patch; divides input_size."""
+    """Height and width of a patch, which divide input_size."""
     in_channels: int = 4
-    """Channels of the latents."""
+    """Number of channels of the latents."""
     hidden_size: int = 384
-    """Width of a token; a multiple of num_heads and of 4."""
+    """Width of a token, a multiple of num_heads and of 4."""
     depth: int = 12
     """Number of blocks."""
     num_heads: int = 6
-    """Attention heads."""
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
-    """Width of the MLP over the width of a token."""
+    """Width of the MLP's hidden layer over the width of a token."""
     num_classes: int = 1000
-    """Classes; 0 for an unconditional network. The null label is num_classes."""
+    """Number of classes; 0 for an unconditional network. The null label is num_classes."""
     learn_sigma: bool = True
-    """Predict the variance beside the mean: twice the output channels."""
+    """Predict the variance beside the mean, with twice the output channels."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
@@ -112,12 +112,12 @@ class DiT(nn.Module):
     """A diffusion transformer. It never hears of mixing.
 
     Attributes:
-        recompute: Keep only the input of each block for the backward pass, and run the block
-            again there: a fraction of the memory for a third more arithmetic, the same gradients.
+        recompute: Whether only the input of each block is kept for the backward pass, which then
+            runs the block again: less memory, a third more arithmetic, the same gradients.
     """
 
     float32_modules = ("t_embedder", "y_embedder", "final_layer")
-    """Parts that stay in float32 when the rest is bfloat16: few weights, and it matters there."""
+    """Parts that stay in float32 when the rest is bfloat16: few weights, but sensitive ones."""
 
     pos_embed: Tensor
 
@@ -143,7 +143,7 @@ class DiT(nn.Module):
     def forward(
         self, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None = None
     ) -> Tensor:
-        """Predict noise, velocity or whatever the network is trained for.
+        """Predict noise or velocity, whichever the network is trained for.
 
         Args:
             latents: (B, C, H, W) noisy latents.
@@ -155,7 +155,7 @@ class DiT(nn.Module):
             (B, out_channels, H, W) float32 (or wider); the variance channels come second.
         """
         kind = latents.device.type
-        # In float32, also where the rest is bfloat16: few weights, and it matters here.
+        # In float32, also where the rest is bfloat16: few weights, but sensitive ones.
         with torch.autocast(kind, enabled=False):
             conditioning = self.conditioning(timesteps, class_labels)  # (B, D)
         latents = latents.to(self.x_embedder.proj.weight.dtype)
@@ -279,7 +279,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One vector a class, and one for the null label, the last."""
+    """One vector for each class, and a last one for the null label."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def sincos_positions(width: int, side: int) -> Tensor:
     """Return the fixed embedding of a `side` x `side` grid: (T, D) float32, row by row.
 
     The first half of the features encodes the column, the second the row; each is sines, then
-    cosines, at D/4 frequencies (appendix of arXiv 2212.09748). Computed in float64.
+    cosines, at D/4 frequencies (appendix of arXiv:2212.09748). Computed in float64.
     """
     quarter = width // 4
     # On the CPU also where the weights are made without storage, on the meta device.
@@ -344,10 +344,10 @@ def sincos_positions(width: int, side: int) -> Tensor:
 
 @torch.no_grad()
 def initialize(network: DiT, generator: torch.Generator) -> None:
-    """Draw the initial weights (section 3.2 of arXiv 2212.09748).
+    """Draw the initial weights (section 3.2 of arXiv:2212.09748).
 
-    Xavier for linears; normal(0.02) for the embeddings of timestep and label; zero for what
-    modulates and for the last linear, so that every block starts as the identity.
+    Xavier for linears; normal(0.02) for the embeddings of timestep and label; zero for the
+    modulations and the last linear, so that every block starts as the identity.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

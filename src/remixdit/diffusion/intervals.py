@@ -1,4 +1,4 @@
-"""Which expert owns which timesteps, and the draw of experts and timesteps for a step.
+"""Intervals of timesteps, one for each expert, and the draw of experts and timesteps.
 
 N contiguous intervals cover [0, T) without gap or overlap; expert n owns interval n, and 0 is the
 least noisy. Timesteps are integers in [0, T) (diffusion) or floats in [0, 1] (flow matching):
@@ -40,15 +40,15 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """Timesteps t with logit(t) normal: the middle of the path more often (arXiv 2403.03206)."""
+    """Times t with normal logit(t), which favours the middle of the path (arXiv:2403.03206)."""
 
     mean: float = 0.0
-    """Above 0: more noise."""
+    """Mean of logit(t); above 0 for more noise."""
     std: float = 1.0
-    """Spread, above 0."""
+    """Standard deviation of logit(t), above 0."""
 
     def __post_init__(self) -> None:
-        """Refuse a spread that is no spread."""
+        """Refuse a standard deviation that is not positive."""
         if self.std <= 0:
             raise ValueError(f"std must be above 0, got {self.std}")
 
@@ -69,10 +69,9 @@ class Draw:
     """The experts of one step."""
 
     experts: tuple[int, ...]
-    """(M,) distinct, in rising order."""
+    """(M,) distinct experts, in rising order."""
     weights: tuple[float, ...]
-    """(M,) weight of each expert's mean loss; their expected sum is 1 (exactly 1 / M each when all
-    masses are equal)."""
+    """(M,) weights of the experts' mean losses; their expected sum is 1."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Intervals:
 
     Args:
         boundaries: (N + 1,) rising numbers: integers from 0 to T, or floats from 0 to 1.
-        distribution: How training timesteps are spread over the range.
+        distribution: Distribution of training timesteps over the range.
     """
 
     boundaries: tuple[int, ...] | tuple[float, ...]
@@ -100,8 +99,8 @@ class Intervals:
         """Cut [0, T) at floor(n T / N).
 
         Args:
-            num_experts: N, in 1..T; T need not be a multiple.
-            num_train_timesteps: T.
+            num_experts: Number of experts, N, in 1..T; T need not be a multiple.
+            num_train_timesteps: Number of timesteps, T.
         """
         check_count(num_experts, num_train_timesteps)
         cuts = (n * num_train_timesteps // num_experts for n in range(num_experts + 1))
@@ -111,7 +110,7 @@ class Intervals:
     def continuous(
         cls, num_experts: int, distribution: Uniform | LogitNormal | None = None
     ) -> "Intervals":
-        """Cut [0, 1] into N parts of equal width; `distribution` says how often each is drawn."""
+        """Cut [0, 1] into N parts of equal width, drawn as often as `distribution` has them."""
         check_count(num_experts, None)
         cuts = tuple(n / num_experts for n in range(num_experts + 1))
         return cls(cuts, distribution or Uniform())
@@ -121,8 +120,8 @@ class Intervals:
         """Cut [0, T) into parts of equal width in log-SNR, of at least one timestep each.
 
         Args:
-            num_experts: N, in 1..T.
-            log_snr: (T,) falling, the logarithm of the signal-to-noise ratio at each timestep.
+            num_experts: Number of experts, N, in 1..T.
+            log_snr: (T,) falling logarithm of the signal-to-noise ratio at each timestep.
         """
         total = len(log_snr)
         check_count(num_experts, total)
@@ -144,9 +143,9 @@ class Intervals:
         """Cut [0, 1] into parts of equal width in log-SNR between t = 0.001 and t = 0.999.
 
         Args:
-            num_experts: N, at least 1.
+            num_experts: Number of experts, N, at least 1.
             log_snr: Falling function of t, applied to float64 tensors.
-            distribution: How training timesteps are spread over [0, 1].
+            distribution: Distribution of training timesteps over [0, 1].
         """
         check_count(num_experts, None)
         grid = torch.linspace(0.001, 0.999, 100_001, dtype=torch.float64)
@@ -158,7 +157,7 @@ class Intervals:
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """Number of experts, N."""
         return len(self.boundaries) - 1
 
     @property
@@ -168,7 +167,7 @@ class Intervals:
 
     @property
     def masses(self) -> tuple[float, ...]:
-        """(N,) share of the training timesteps that falls into each interval; the sum is 1."""
+        """(N,) shares of the training timesteps in the intervals; their sum is 1."""
         end = self.boundaries[-1]
         below = [self.distribution.cdf(boundary / end) for boundary in self.boundaries]
         return tuple(b - a for a, b in itertools.pairwise(below))
@@ -196,8 +195,8 @@ class Intervals:
         """Draw the distinct experts of one step.
 
         Args:
-            count: M, in 1..N.
-            seed: The run's seed.
+            count: Number of experts, M, in 1..N.
+            seed: Seed of the run.
             step: The optimizer step; the same (seed, step) gives the same experts everywhere.
         """
         if not 1 <= count <= self.num_experts:
@@ -213,9 +212,9 @@ class Intervals:
         """Draw training timesteps inside one interval.
 
         Args:
-            expert: n, in [0, N).
-            count: B, how many.
-            generator: A CPU generator.
+            expert: Index in [0, N).
+            count: Number of timesteps, B.
+            generator: CPU generator.
 
         Returns:
             (B,) int64 in [boundaries[n], boundaries[n + 1]), or float32 for continuous time.
@@ -224,7 +223,7 @@ class Intervals:
         return self.timesteps_at(torch.full((count,), expert), uniform)
 
     def timesteps_at(self, experts: Tensor, uniform: Tensor) -> Tensor:
-        """Return the training timesteps that uniform numbers stand for, each inside an interval.
+        """Return the training timesteps for uniform numbers, each inside its interval.
 
         Args:
             experts: (B,) integers in [0, N).
@@ -247,13 +246,13 @@ class Intervals:
     def _ends(
         self, cuts: Sequence[float], dtype: torch.dtype, experts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return (B,) where the interval of each image begins and ends among N + 1 cuts."""
+        """Return (B,) starts and (B,) ends of the images' intervals among N + 1 cuts."""
         values = torch.tensor(cuts, dtype=dtype)
         return values[experts], values[experts + 1]
 
 
 def check_count(num_experts: int, num_train_timesteps: int | None) -> None:
-    """Refuse a number of experts that cannot each own a timestep."""
+    """Refuse more experts than there are timesteps, or none."""
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if num_train_timesteps is not None and num_experts > num_train_timesteps:
@@ -278,8 +277,8 @@ def float32_below(boundary: float) -> Tensor:
 def inclusion_chances(masses: Sequence[float], count: int) -> list[float]:
     """Return the probability that each expert is among `count` distinct ones.
 
-    In proportion to the masses, but at most 1: what a heavy interval would exceed is shared out
-    among the others. The sum is `count`.
+    The probabilities are in proportion to the masses, but at most 1: the excess of a heavy interval
+    goes to the others. Their sum is `count`.
     """
     certain: set[int] = set()
     while True:

@@ -1,16 +1,16 @@
-"""The noise process: how latents are noised, what the network predicts, and the loss.
+"""Noise processes: the noising of latents, the target of the network, and the loss.
 
-`Diffusion` (discrete, 0 is the least noisy of T timesteps; arXiv 2006.11239):
+`Diffusion` (discrete, 0 is the least noisy of T timesteps; arXiv:2006.11239):
 
     noisy = sqrt(a) latents + sqrt(1 - a) noise,    a = prod(1 - betas)[timestep]
     epsilon: target = noise;    v_prediction: target = sqrt(a) noise - sqrt(1 - a) latents
 
-with, if the network predicts its variance too, the hybrid loss of arXiv 2102.09672. `Flow`
-(continuous; arXiv 2209.03003): t = 0 is data, t = 1 is noise,
+with, if the network predicts its variance too, the hybrid loss of arXiv:2102.09672. `Flow`
+(continuous; arXiv:2209.03003): t = 0 is data, t = 1 is noise,
 
     noisy = (1 - t) latents + t noise,    target = noise - latents
 
-Losses are computed in float32, one number an image.
+Losses are computed in float32, one number for each image.
 Shapes: B batch, C H W latents, T timesteps.
 """
 
@@ -25,18 +25,18 @@ __all__ = ["Diffusion", "Flow", "Loss", "Posterior", "linear_betas"]
 
 
 class Loss(NamedTuple):
-    """What a batch lost; every tensor is (B,)."""
+    """Losses of a batch; every tensor is (B,)."""
 
     total: Tensor
-    """What training minimises."""
+    """Loss that training minimises."""
     mse: Tensor
     """Mean squared error of the prediction."""
     variance_bound: Tensor
-    """Term of the variational bound in bits a dimension; 0 without a learned variance."""
+    """Term of the variational bound in bits per dimension; 0 without a learned variance."""
 
 
 class Posterior(NamedTuple):
-    """p(x[t - 1] given x[t]), every tensor (B, C, H, W)."""
+    """p(x[t - 1] given x[t]); every tensor is (B, C, H, W)."""
 
     mean: Tensor
     log_variance: Tensor
@@ -54,8 +54,8 @@ class Diffusion:
     """Discrete diffusion with epsilon or v prediction, the variance learned or fixed.
 
     Args:
-        prediction_type: "epsilon" or "v_prediction".
-        learn_sigma: The network outputs (B, 2C, H, W); the second half is the variance.
+        prediction_type: Prediction of the network: "epsilon" or "v_prediction".
+        learn_sigma: Whether the network outputs (B, 2C, H, W), the second half the variance.
         betas: (T,) float64 variances of the forward process.
     """
 
@@ -93,7 +93,7 @@ class Diffusion:
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """Number of timesteps, T."""
         return len(self.betas)
 
     @property
@@ -102,7 +102,7 @@ class Diffusion:
         return torch.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
 
     def network_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Return what the network is told, the timesteps themselves."""
+        """Return the input of the network's timestep embedding: the timesteps themselves."""
         return timesteps
 
     def respaced(self, timesteps: Tensor) -> "Diffusion":
@@ -117,7 +117,7 @@ class Diffusion:
         return signal * latents + scale * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return (B, C, H, W), what the network should predict."""
+        """Return (B, C, H, W), the target of the network."""
         if self.prediction_type == "epsilon":
             return noise
         return self._at("signal", timesteps) * noise - self._at("noise", timesteps) * latents
@@ -134,8 +134,8 @@ class Diffusion:
 
         Args:
             model_output: (B, C or 2C, H, W) at `add_noise(latents, noise, timesteps)`.
-            latents: (B, C, H, W) clean.
-            noise: (B, C, H, W) standard normal.
+            latents: (B, C, H, W) clean latents.
+            noise: (B, C, H, W) standard normal noise.
             timesteps: (B,) integers in [0, T).
         """
         model_output = model_output.float()
@@ -163,7 +163,7 @@ class Diffusion:
         high = self._at("max_log_variance", timesteps)
         if variance is None:
             return Posterior(mean, high.expand_as(mean), pred_latents)
-        # The network places the log-variance between its bounds (equation 15, 2102.09672).
+        # The network places the log-variance between its bounds (equation 15 of arXiv:2102.09672).
         share = (variance + 1) / 2
         log_variance = share * high + (1 - share) * self._at("min_log_variance", timesteps)
         return Posterior(mean, log_variance, pred_latents)
@@ -171,16 +171,16 @@ class Diffusion:
     def bound_term(
         self, model_output: Tensor, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor
     ) -> Tensor:
-        """Return (B,) the term of the variational bound at each timestep, in bits a dimension.
+        """Return (B,) the term of the variational bound at each timestep, in bits per dimension.
 
             KL(q(x[t - 1] | x[t], x[0]) || p(x[t - 1] | x[t])),    -log p(x[0] | x[1]) at t = 0
 
-        Summed over all T timesteps, with `prior_term`, they bound the bits that an image takes
-        (section 3 of arXiv 2006.11239). Without a learned variance p has the forward process's.
+        Summed over all T timesteps, with `prior_term`, they bound the bits of an image
+        (section 3 of arXiv:2006.11239). Without a learned variance p has the forward process's.
 
         Args:
             model_output: (B, C or 2C, H, W) at `noisy_latents`.
-            latents: (B, C, H, W) clean, pixels in [-1, 1].
+            latents: (B, C, H, W) clean latents, pixels in [-1, 1].
             noisy_latents: (B, C, H, W) at `timesteps`.
             timesteps: (B,) integers in [0, T).
         """
@@ -193,7 +193,7 @@ class Diffusion:
         return torch.where(last, -likelihood, divergence).flatten(1).mean(1) / math.log(2)
 
     def prior_term(self, latents: Tensor) -> Tensor:
-        """Return (B,) KL(q(x[T] | x[0]) || standard normal), in bits a dimension."""
+        """Return (B,) KL(q(x[T] | x[0]) || standard normal), in bits per dimension."""
         last = torch.full((len(latents),), self.num_train_timesteps - 1, device=latents.device)
         mean, scale = self._at("signal", last) * latents, self._at("noise", last)
         zero = torch.zeros((), device=latents.device)
@@ -202,7 +202,7 @@ class Diffusion:
     def _variance_bound(
         self, model_output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor
     ) -> Tensor:
-        """Return (B,) bits a dimension; the mean is detached, so that it trains the variance."""
+        """Return (B,) bits per dimension; the mean is detached: only the variance is trained."""
         noisy = self.add_noise(latents, noise, timesteps)
         prediction, variance = model_output.chunk(2, dim=1)
         frozen = torch.cat([prediction.detach(), variance], dim=1)
@@ -223,7 +223,7 @@ class Diffusion:
         return prediction, variance
 
     def _at(self, table: str, timesteps: Tensor) -> Tensor:
-        """Look `timesteps` (B,) up in a table: (B, 1, 1, 1) float32."""
+        """Return the entries of a table at `timesteps` (B,): (B, 1, 1, 1) float32."""
         device = timesteps.device
         if device not in self._on_device:
             tables = {name: values.float().to(device) for name, values in self._tables.items()}
@@ -233,7 +233,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Flow:
-    """Flow matching along straight lines, predicting the velocity (arXiv 2209.03003)."""
+    """Flow matching along straight lines, predicting the velocity (arXiv:2209.03003)."""
 
     prediction_type = "flow_prediction"
     learn_sigma = False
@@ -245,7 +245,7 @@ class Flow:
         return 2 * torch.log((1 - timesteps) / timesteps)
 
     def network_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Return what the network is told: 1000 t, the range its embedding is made for."""
+        """Return the input of the network's timestep embedding, 1000 t, which fits its range."""
         return 1000 * timesteps
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 def discretized_log_likelihood(values: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return log P(the bin of width 2/255 around each value in [-1, 1]) under a normal, in nats.
 
-    The outermost bins reach to infinity (section 3.3 of arXiv 2006.11239).
+    The outermost bins reach to infinity (section 3.3 of arXiv:2006.11239).
     """
     inverse_std = torch.exp(-0.5 * log_variance)
     upper = normal_cdf((values - mean + 1 / 255) * inverse_std)
@@ -284,8 +284,8 @@ def discretized_log_likelihood(values: Tensor, mean: Tensor, log_variance: Tenso
 
 
 def normal_cdf(values: Tensor) -> Tensor:
-    """Approximate the standard normal distribution function by a tanh (as ADM, arXiv 2105.05233).
+    """Approximate the standard normal distribution function by a tanh (as ADM, arXiv:2105.05233).
 
-    The published losses were computed with it; it is off by up to 3e-4.
+    The published losses were computed with it; its error is up to 3e-4.
     """
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)))

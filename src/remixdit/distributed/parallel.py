@@ -27,14 +27,14 @@ def replicate(network: nn.Module, device: torch.device) -> nn.Module:
 def shard(
     network: nn.Module, parts: list[nn.Module], bases: list[nn.Parameter], size: int = 0
 ) -> None:
-    """Shard parameters, gradients and whatever an optimizer keeps over the processes (FSDP2).
+    """Shard parameters, gradients and optimizer state over the processes (FSDP2).
 
     Args:
-        network: Is changed: its parameters become slices.
-        parts: Of the network, that are gathered one after the other.
-        bases: Those of its parameters that are (K, *).
-        size: Number of processes that share one copy; between the copies gradients are
-            summed (HSDP). 0 for all processes.
+        network: Network whose parameters become slices.
+        parts: Modules of the network that are gathered one after the other.
+        bases: Parameters of the network that are (K, *).
+        size: Number of processes that share one copy; gradients are summed between the copies
+            (HSDP). 0 for all processes.
     """
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
     mesh = mesh_of(kind, size or dist.get_world_size())
@@ -46,10 +46,10 @@ def shard(
 
 
 def mesh_of(kind: str, size: int) -> DeviceMesh:
-    """Return the processes in groups of so many that share one copy.
+    """Return a mesh of the processes, in groups of `size` that share one copy.
 
-    torchrun numbers processes machine by machine, so with as many as a machine has, only sums of
-    slices go from machine to machine.
+    torchrun numbers processes machine by machine, so with groups of one machine's processes only
+    sums of gradient slices go from machine to machine.
     """
     num_ranks = dist.get_world_size()
     if size == num_ranks:
@@ -58,7 +58,7 @@ def mesh_of(kind: str, size: int) -> DeviceMesh:
 
 
 def placement(mesh: DeviceMesh, bases: set[int]) -> Callable[[nn.Parameter], Shard]:
-    """Return how a parameter is cut: along the first dimension after the K bases that divides."""
+    """Return the cut of a parameter: bases along the first dimension after K that divides."""
     ranks = mesh.size(-1)
 
     def place(parameter: nn.Parameter) -> Shard:
@@ -76,12 +76,12 @@ def local(values: Tensor) -> Tensor:
 
 
 def whole(values: Tensor) -> Tensor:
-    """Return all of a tensor; if it is sharded, all processes have to ask together."""
+    """Return the whole of a tensor; if it is sharded, all processes must call together."""
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def sharded_like(values: Tensor, like: Tensor) -> Tensor:
-    """Return this process's part of whole values that every process has, cut as `like` is."""
+    """Return this process's part of whole values that every process has, sharded as `like`."""
     if not isinstance(like, DTensor):
         return values
     mesh, placements = like.device_mesh, like.placements
@@ -96,6 +96,6 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 
 def checksum_of(values: Tensor) -> int:
-    """Return the sum of the bits of a tensor, taken as integers."""
+    """Return the sum of the elements of a tensor, their bits read as integers."""
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(values.contiguous().view(sizes[values.itemsize]).sum(dtype=torch.int64))

@@ -1,6 +1,6 @@
 """The processes of a run: one, or as many as torchrun started.
 
-Every function works on a single process without a process group, and then does nothing.
+Without a process group, on a single process, every function returns at once.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ __all__ = [
     "stop",
 ]
 
-# How long a process waits for the others: encoding and a first compilation may take long, steps
-# do not. The environment may say how many seconds a step may take.
+# Time-outs of a process that waits for others: encoding and a first compilation may take long,
+# steps do not. REMIXDIT_STEP_SECONDS sets another time-out of a step.
 FIRST_TIMEOUT = timedelta(hours=24)
 STEP_SECONDS = 600
 SMALL_BYTES = 2**20  # tensors up to this size are reduced together
-PATIENCE_SECONDS = 3  # of a process that fails, before it leaves the others
+PATIENCE_SECONDS = 3  # wait of a process that fails, before it leaves the group
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of the processes this one is."""
+    """Rank of this process, and the number of processes."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -79,8 +79,8 @@ def start(device: torch.device) -> Ranks:
 def stop() -> None:
     """Leave the process group, if there is one.
 
-    What is wrong with a request is wrong for every process, and the first says it. It may still be
-    joining, and must not find that another has left: the others wait for it.
+    A wrong request is wrong for every process, and the first reports it. It may still be joining
+    and must not find that another has left, so the others wait for it.
     """
     if dist.is_initialized() and dist.get_rank() and sys.exc_info()[0] is not None:
         time.sleep(PATIENCE_SECONDS)
@@ -92,7 +92,7 @@ def all_reduce(tensors: Iterable[Tensor]) -> int:
     """Replace each tensor by its sum over all processes.
 
     Returns:
-        Bytes that this process handed over.
+        Number of bytes that this process handed over.
     """
     if not dist.is_initialized():
         return 0
@@ -120,20 +120,20 @@ def num_ranks() -> int:
 
 
 def lose_patience() -> None:
-    """Wait minutes at most for another process from now on; one that hangs ends all."""
+    """Wait only minutes for other processes from now on; one that hangs then ends all."""
     if dist.is_initialized():
         seconds = float(os.environ.get("REMIXDIT_STEP_SECONDS", STEP_SECONDS))
         _set_pg_timeout(timedelta(seconds=seconds))
 
 
 def agree(facts: Mapping[str, object]) -> None:
-    """Make sure that all processes are about to do the same.
+    """Check that all processes are about to do the same.
 
     Args:
-        facts: What has to be equal, by the name that an error gives it.
+        facts: Values that must be equal, by their name in an error.
 
     Raises:
-        ValueError: the first fact in which a process differs from the first one.
+        ValueError: Some process differs from the first; the error names the first such fact.
     """
     if not dist.is_initialized():
         return
@@ -152,6 +152,6 @@ def agree(facts: Mapping[str, object]) -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if dist.is_initialized():
         dist.barrier()

@@ -1,4 +1,4 @@
-"""The table of coefficients: what experts start from, and which basis is whose own.
+"""The table of coefficients: its start, and each expert's own basis.
 
 Shapes: K bases, N experts.
 """
@@ -9,12 +9,12 @@ from torch import Tensor
 
 __all__ = ["KINDS", "check_counts", "initial_table", "own_basis_loss", "prior_bases"]
 
-# softmax of the logits; the logits themselves, learned; frozen, one basis each
+# the softmax of the logits; the logits themselves, learned; frozen, one basis for each expert
 KINDS = ("softmax", "raw", "one_hot")
 
 
 def check_counts(num_bases: int, num_experts: int) -> None:
-    """Refuse numbers of bases and experts that mean nothing."""
+    """Refuse numbers of bases and experts that make no sense."""
     for name, value in (("num_bases", num_bases), ("num_experts", num_experts)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -26,7 +26,7 @@ def check_counts(num_bases: int, num_experts: int) -> None:
 
 
 def prior_bases(num_bases: int, num_experts: int) -> Tensor:
-    """Return (N,) each expert's own basis floor(n K / N)."""
+    """Return (N,) own bases of the experts, floor(n K / N)."""
     return torch.arange(num_experts) * num_bases // num_experts
 
 
@@ -38,12 +38,12 @@ def own_basis_loss(tables: Tensor) -> Tensor:
 
 
 def initial_table(num_bases: int, num_experts: int, kind: str, symmetry: float) -> Tensor:
-    """Return the (N, K) table to start from; raw coefficients start where softmax's would.
+    """Return the (N, K) table at the start; raw coefficients start as those of the softmax.
 
         logits[n, k] = -symmetry * ((n - centre[k]) K / N)^2
 
-    with centre[k] the middle of the experts whose own basis is k: an expert prefers its own basis
-    and shares most with its neighbours.
+    where centre[k] is the middle of the experts whose own basis is k: an expert prefers its own
+    basis and shares most with its neighbours.
     """
     one_hot = F.one_hot(prior_bases(num_bases, num_experts), num_bases).float()
     if kind == "one_hot":

@@ -30,12 +30,12 @@ class Experts(nn.Module):
     """The experts of one network, which `remix` makes and registers as its child `experts`.
 
     Args:
-        network: Its mixed layers ask this object for coefficients.
-        num_bases: K.
-        num_experts: N.
-        kind: "softmax", "raw" or "one_hot".
-        num_tables: L, or 0 for one table without a dimension of its own.
-        symmetry: See `remix`.
+        network: Network whose mixed layers ask this object for coefficients.
+        num_bases: Number of bases, K.
+        num_experts: Number of experts, N.
+        kind: Kind of coefficients: "softmax", "raw" or "one_hot".
+        num_tables: Number of tables, L; 0 for one table without a dimension of its own.
+        symmetry: Preference for the own basis at the start; see `remix`.
     """
 
     network: nn.Module
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         self._forget()
         network.register_forward_pre_hook(self._begin)
 
-    # --- the batch at hand
+    # --- the current batch
 
     @property
     def is_mixing(self) -> bool:
@@ -76,14 +76,14 @@ class Experts(nn.Module):
 
     @contextmanager
     def route(self, expert_of_image: Tensor | Sequence[int]) -> Iterator[None]:
-        """Say which expert each image of a batch belongs to, for all that runs inside.
+        """Name the expert of each image of a batch, for all forward passes inside.
 
-        Images that are sorted by expert run without a copy; others are gathered and put back by
-        every mixed layer. Whatever a mixed layer is given must begin with the images, in order; it
-        may have several rows for each (frames, heads).
+        Images sorted by expert run without a copy; others are gathered and scattered back by every
+        mixed layer. The first dimension of a mixed layer's input must hold the images in order; it
+        may have several rows for each image (frames, heads).
 
-        Gradients may be computed after the block, but with activation checkpointing before the
-        next: layers that run again look at the last route.
+        Gradients may be computed after the block. With activation checkpointing they must be
+        computed before the next block, as recomputed layers use the last route.
 
         Args:
             expert_of_image: (B,) integers in [0, N), on the CPU, in any order.
@@ -98,11 +98,11 @@ class Experts(nn.Module):
                 self._route = before
 
     def forward(self, values: Any) -> Any:
-        """Return what is given: an nn.Sequential runs all of its children, and this is one."""
+        """Return the input: an nn.Sequential runs all of its children, and this is one."""
         return values
 
     def current(self) -> Batch:
-        """Return the batch that the network runs, for its layers."""
+        """Return the batch that the network is running, for its layers."""
         if self._batch is None:
             raise RuntimeError(NO_ROUTE)
         return self._batch
@@ -110,7 +110,7 @@ class Experts(nn.Module):
     def _begin(self, network: nn.Module, inputs: Any) -> None:
         """Compute the coefficients of a batch, once for all layers, before the network runs.
 
-        Here rather than in `route`, as FSDP has gathered the logits by now.
+        Here rather than in `route`, as FSDP2 has gathered the logits by now.
         """
         if not self.is_mixing:
             return
@@ -121,14 +121,14 @@ class Experts(nn.Module):
 
     def _forget(self) -> None:
         self._route = self._batch = None
-        self._lock = threading.RLock()  # threads that share the network take turns
+        self._lock = threading.RLock()  # threads that share the network run one at a time
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: not the batch at hand."""
+        """Return the state to copy and pickle, without the current batch."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_route", "_batch", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave."""
+        """Restore the state that `__getstate__` gave."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
 
@@ -138,8 +138,8 @@ class Experts(nn.Module):
         """Return the coefficients, differentiable with respect to the logits.
 
         Args:
-            expert: In [0, N), or None for all.
-            logits: Others than the experts' own, of the same shape.
+            expert: Index in [0, N), or None for all experts.
+            logits: Logits of the same shape, in place of the experts' own.
 
         Returns:
             (L, K) of one expert, or (L, N, K) of all.
@@ -156,7 +156,7 @@ class Experts(nn.Module):
         Expert n's own basis is floor(n K / N); with several tables, the mean over them.
 
         Args:
-            logits: Others than the experts' own, of the same shape.
+            logits: Logits of the same shape, in place of the experts' own.
         """
         values = self.logits if logits is None else logits
         return own_basis_loss(values if self.per_block else values[None])
@@ -164,7 +164,7 @@ class Experts(nn.Module):
     # --- the network
 
     def bases(self) -> dict[str, nn.Parameter]:
-        """Return the mixed parameters by their name in the network: (K, *), tied ones once."""
+        """Return the mixed parameters (K, *) by their name in the network, tied ones once."""
         found: dict[int, tuple[str, nn.Parameter]] = {}
         for layer, names in self.mixed.items():
             for name in names:
@@ -181,7 +181,7 @@ class Experts(nn.Module):
         return None
 
     def disk_names(self) -> dict[str, str]:
-        """Return, for the names of the network's state dict, those on disk; tied ones once.
+        """Return the name on disk of each entry of the network's state dict, tied ones once.
 
         `bases.<parameter>` (K, *), `shared.<parameter>` (*) and `logits`, whatever the layers
         that hold them are called here.
@@ -199,10 +199,10 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def plain(self, expert: int) -> nn.Module:
-        """Return an expert as a plain network: the original classes, nothing left of the mixture.
+        """Return an expert as a plain network of the original classes, without a mixture.
 
         Args:
-            expert: In [0, N).
+            expert: Index in [0, N).
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")

@@ -23,16 +23,16 @@ __all__ = ["MixedLayer"]
 
 
 class MixedLayer(nn.Module):
-    """A layer in whose place it stands, mixed for each expert of the batch.
+    """A layer that stands in the place of another and is mixed for each expert of the batch.
 
-    Its parameters have the names that they had, (K, *) where they are mixed. Whatever else is
-    asked of it, such as `in_features`, the original layer answers.
+    Its parameters keep their names; mixed ones are (K, *). Other attributes, such as
+    `in_features`, are those of the original layer.
 
     Args:
-        layer: The original, without children. Is kept, without weights of its own.
-        bases: By name, (K, *) parameters of the layer; all others stay shared.
-        experts: Says which experts the batch at hand belongs to.
-        table: Which of the L coefficient tables is this layer's.
+        layer: Original layer, which is kept without weights of its own.
+        bases: Mixed parameters (K, *) of the layer, by name; all others stay shared.
+        experts: Experts that know the current batch.
+        table: Index of this layer's coefficient table, in [0, L).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MixedLayer(nn.Module):
         self.is_linear = is_plain_linear(layer) and "weight" in bases
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the original layer has under a name that this one lacks."""
+        """Return an attribute of the original layer that this one lacks."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -68,7 +68,7 @@ class MixedLayer(nn.Module):
             if self.is_linear:
                 return self.linear(batch, inputs[0])
             return self.by_expert(batch, inputs, options)
-        if self.is_linear:  # quicker than a functional call
+        if self.is_linear:  # faster than a functional call
             only = self.only()
             return F.linear(inputs[0], only["weight"], only.get("bias"))
         return functional_call(self.template, self.only(), inputs, options)
@@ -95,7 +95,7 @@ class MixedLayer(nn.Module):
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
     def by_expert(self, batch: Batch, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Run the original layer once an expert, on its images."""
+        """Run the original layer once for each expert, on its images."""
         count = batch.images(inputs[0])
         inputs = tuple(part(value, count, batch.order) for value in inputs)
         options = {name: part(value, count, batch.order) for name, value in options.items()}
@@ -114,17 +114,17 @@ class MixedLayer(nn.Module):
         return mix(bases, row[None], bases.dtype)[0]
 
     def state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return all that the original layer needs, given its mixed parameters."""
+        """Return the state of the original layer with the given mixed parameters."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers()), **weights}
 
     def only(self) -> dict[str, Tensor]:
-        """Return the state of the one expert that there is: the one basis, without a copy."""
+        """Return the state of the only expert: the one basis, without a copy."""
         return self.state({name: self.get_parameter(name).squeeze(0) for name in self.mixed})
 
     def mixed_again(
         self, weights: dict[str, Tensor], row: Tensor
     ) -> AbstractContextManager[object]:
-        """Keep a recipe of mixed parameters for the backward pass, not these themselves."""
+        """Save how to mix parameters again in the backward pass, instead of the parameters."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return nullcontext()
         names = {w.untyped_storage().data_ptr(): name for name, w in weights.items()}
@@ -149,7 +149,7 @@ class MixedLayer(nn.Module):
 
         Args:
             rows: (L, K) coefficients of the expert.
-            memo: Plain parameters by the id of their bases, so that tied ones stay tied.
+            memo: Plain parameters by the id of their bases, which keeps tied ones tied.
         """
         layer = emptied(self.template)
         for name, parameter in self.named_parameters():
@@ -165,13 +165,13 @@ class MixedLayer(nn.Module):
         return layer
 
     def train(self, mode: bool = True) -> "MixedLayer":
-        """Set the mode, of the original layer too."""
+        """Set the mode, also that of the original layer."""
         self.template.train(mode)
         return super().train(mode)
 
 
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a parameter, which is made if need be, and its name there."""
+    """Return the module that holds a parameter, made if missing, and its name there."""
     *path, leaf = name.split(".")
     for child in path:
         if child not in module._modules:
@@ -194,7 +194,7 @@ def emptied(layer: nn.Module) -> nn.Module:
 
 
 def is_of_images(value: Any, count: int) -> bool:
-    """Whether an argument is a tensor with some rows of each of B images."""
+    """Whether an argument is a tensor whose rows divide evenly among B images."""
     return (
         isinstance(value, Tensor) and value.ndim > 0 and len(value) > 0 and not len(value) % count
     )

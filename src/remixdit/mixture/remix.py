@@ -4,8 +4,8 @@
     with experts.route(expert_of_image):
         outputs = network(inputs)
 
-The network stays what it was, but for the layers that are replaced in place: any optimizer, DDP,
-FSDP2, torch.compile and activation checkpointing work as they do for any module.
+Chosen layers are replaced in place; all else stays. Any optimizer, DDP, FSDP2, torch.compile and
+activation checkpointing work as they do for any module.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from remixdit.mixture.names import block_of, kinds_of, matches, patterns_of, tie
 
 __all__ = ["remix"]
 
-# Layers that reach into the layers below them, so that they are mixed as a whole.
+# Layers that use the parameters of their children, so that they are mixed as a whole.
 WHOLE = (nn.MultiheadAttention,)
 
 
@@ -37,25 +37,25 @@ def remix(
     """Give a network N experts, mixed from K bases that start as copies of its weights.
 
     Linears run all experts of a batch in one product, other layers expert by expert. Frozen
-    parameters and buffers are left alone: one copy serves all experts. Tied parameters stay tied.
+    parameters and buffers stay shared by all experts. Tied parameters stay tied.
 
     Args:
-        network: Is changed in place: what `mixed` names becomes (K, *).
-        num_bases: K, in 1..N.
-        num_experts: N, at least 1.
-        mixed: "attention+mlp", "all", or patterns of parameter names ("*.mlp.*"), which one string
-            may hold with commas between.
+        network: Network that is changed in place: parameters that `mixed` names become (K, *).
+        num_bases: Number of bases, K; in 1..N.
+        num_experts: Number of experts, N; at least 1.
+        mixed: "attention+mlp", "all", or patterns of parameter names ("*.mlp.*"), as a sequence or
+            separated by commas.
         coefficients: "softmax" (learned, positive, summing to 1), "raw" (learned, free) or
             "one_hot" (frozen: expert n is basis floor(n K / N)).
-        per_block: One table for each block, and one for the rest, instead of one for all.
-        symmetry: How strongly expert n starts with its own basis floor(n K / N); at 0, equal
-            bases would stay equal for ever.
+        per_block: Whether each block has a table of its own, and the rest another.
+        symmetry: Preference of expert n for its own basis floor(n K / N) at the start; with 0,
+            equal bases would stay equal for ever.
 
     Returns:
         The experts, which are also the child `experts` of the network.
 
     Raises:
-        ValueError: nothing matches, or a parameter that matches cannot be mixed.
+        ValueError: Nothing matches, or a parameter that matches cannot be mixed.
     """
     check_counts(num_bases, num_experts)
     if coefficients not in KINDS:
@@ -101,7 +101,7 @@ def chosen_names(network: nn.Module, patterns: Sequence[str]) -> set[str]:
 
 
 def owners(network: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers, by name, that the parameters to mix belong to."""
+    """Yield the layers that hold the parameters to mix, with their names."""
     whole: tuple[str, ...] = ()
     for name, layer in list(network.named_modules()):
         if name.startswith(whole):
@@ -117,7 +117,7 @@ def owners(network: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module
 
 
 def replace(network: nn.Module, layer: nn.Module, mixed: nn.Module) -> None:
-    """Put a layer in the place of another, wherever that is used."""
+    """Put a layer in the place of another, wherever the other is used."""
     for parent in list(network.modules()):
         for name, child in parent._modules.items():  # named_children leaves out the second use
             if child is layer:
@@ -125,7 +125,7 @@ def replace(network: nn.Module, layer: nn.Module, mixed: nn.Module) -> None:
 
 
 def check_layer(name: str, layer: nn.Module, first: str) -> None:
-    """Refuse a layer that cannot run expert by expert; `first` is a parameter of it to mix."""
+    """Refuse a layer that cannot run expert by expert; `first` is one of its parameters."""
     if not name:
         raise ValueError(f"mixed must not match {first}, which belongs to the network itself")
     if ".parametrizations." in f".{name}." or is_parametrized(layer):

@@ -1,4 +1,4 @@
-"""Which images of a batch belong to which expert, and in which order they run.
+"""The expert of each image of a batch, and the order in which images run.
 
 Shapes: B images, N experts, M of them in a batch, L coefficient tables, K bases.
 """
@@ -21,13 +21,13 @@ class Batch(NamedTuple):
     experts: Tensor
     """(M,) distinct experts, on the device."""
     spans: tuple[Span, ...]
-    """How many images each has."""
+    """Numbers of images of the experts, in their order."""
     order: Tensor | None
-    """(B,) places of the images, expert by expert; None if they are given so."""
+    """(B,) indices of the images, expert by expert; None if they are given in that order."""
     inverse: Tensor | None
-    """(B,) where each image went."""
+    """(B,) place of each image in that order."""
     coefficients: Tensor | None = None
-    """(L, M, K), differentiable with respect to the logits; known when the network runs."""
+    """(L, M, K), differentiable with respect to the logits; computed when the network runs."""
 
     def rows(self, table: int) -> Tensor:
         """Return the (M, K) coefficients of one table."""
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
         return self.coefficients[table]
 
     def images(self, values: Tensor) -> int:
-        """Return B, which divides the first dimension of what a layer is given."""
+        """Return B, which divides the first dimension of a layer's input."""
         count = sum(experts * size for experts, size in self.spans)
         if len(values) % count:
             raise ValueError(
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
         return count
 
     def slices(self) -> Iterator[slice]:
-        """Yield the place of each expert's images among the ordered ones."""
+        """Yield the slice of each expert's images among the ordered ones."""
         start = 0
         for experts, size in self.spans:
             for _ in range(experts):
@@ -54,12 +54,12 @@ class Batch(NamedTuple):
 
 
 def sorted_by_expert(given: Tensor, num_experts: int, device: torch.device) -> Batch:
-    """Return how the images of a batch are grouped.
+    """Return a batch grouped by expert.
 
     Args:
-        given: (B,) integers in [0, N), on the CPU, in any order.
-        num_experts: N.
-        device: Where the layers run.
+        given: (B,) experts of the images, integers in [0, N), on the CPU, in any order.
+        num_experts: Number of experts, N.
+        device: Device of the layers.
     """
     check_given(given, num_experts)
     order = inverse = None
@@ -73,7 +73,7 @@ def sorted_by_expert(given: Tensor, num_experts: int, device: torch.device) -> B
 
 
 def check_given(given: Tensor, num_experts: int) -> None:
-    """Refuse what cannot be the experts of images."""
+    """Refuse values that cannot be the experts of images."""
     if given.ndim != 1 or not len(given) or given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(
             f"expert_of_image must be (B,) integers, got {tuple(given.shape)} {given.dtype}"
@@ -86,7 +86,7 @@ def check_given(given: Tensor, num_experts: int) -> None:
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """Return CPU values on a device, without waiting for it."""
+    """Return CPU values on a device, without synchronising with it."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

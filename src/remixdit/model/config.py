@@ -1,4 +1,4 @@
-"""What a Remix-DiT is, apart from its weights: `config.json`."""
+"""The configuration of a Remix-DiT, without its weights: `config.json`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,35 +16,35 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
 @dataclass(frozen=True, kw_only=True)
 class RemixConfig:
-    """What a Remix-DiT is, apart from its weights; `config.json`."""
+    """Configuration of a Remix-DiT, without its weights; `config.json`."""
 
     network: DiTConfig = field(default_factory=DiTConfig)
     """Shape of the network."""
     num_bases: int = 4
-    """K, in 1..N."""
+    """Number of bases, K; in 1..N."""
     num_experts: int = 20
-    """N, at least 1."""
+    """Number of experts, N; at least 1."""
     mixed: str | tuple[str, ...] = "attention+mlp"
-    """What is mixed: attention+mlp, all, or patterns of parameter names with commas between."""
+    """Parameters to mix: attention+mlp, all, or patterns of names separated by commas."""
     coefficients: str = "softmax"
-    """softmax, raw or one_hot."""
+    """Kind of coefficients: softmax, raw or one_hot."""
     per_block: bool = False
-    """One coefficient table a block instead of one for all."""
+    """Whether each block has a coefficient table of its own."""
     boundaries: tuple[int, ...] | tuple[float, ...] | None = None
-    """(N + 1,) where the intervals begin and end; None for equal widths."""
+    """(N + 1,) boundaries of the intervals; None for equal widths."""
     prediction_type: str = "epsilon"
-    """epsilon, v_prediction or flow_prediction."""
+    """Prediction of the network: epsilon, v_prediction or flow_prediction."""
     num_train_timesteps: int = 1000
-    """T of the linear betas; not used by flow matching."""
+    """Number of timesteps of the linear betas, T; not used by flow matching."""
     class_names: tuple[str, ...] = ()
-    """One name a class, if known."""
+    """(num_classes,) names, if known."""
     autoencoder: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
-    """Between latents and pixels."""
+    """Autoencoder between latents and pixels."""
     license: str = ""
-    """Of the weights, where they came with one."""
+    """License of imported weights."""
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together; fill in the boundaries."""
+        """Refuse fields that do not fit together; fill in the boundaries."""
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, "
@@ -70,7 +70,7 @@ class RemixConfig:
         return self.prediction_type == "flow_prediction"
 
     def intervals(self) -> Intervals:
-        """Return which expert owns which timesteps."""
+        """Return the intervals of timesteps that the experts own."""
         assert self.boundaries is not None
         if self.is_flow:
             return Intervals(tuple(float(value) for value in self.boundaries))
@@ -88,12 +88,12 @@ class RemixConfig:
         return Intervals.uniform(self.num_experts, self.num_train_timesteps)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `config.json` holds."""
+        """Return the contents of `config.json`."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Return the configuration that `to_json` gave."""
+        """Return the configuration for the contents that `to_json` gave."""
         values = dict(values)
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
@@ -109,7 +109,7 @@ class RemixConfig:
 
 
 def noise_process(config: RemixConfig) -> Diffusion | Flow:
-    """Return the noise process that a model is trained with."""
+    """Return the noise process with which a model is trained."""
     if config.is_flow:
         return Flow()
     betas = linear_betas(config.num_train_timesteps)

@@ -1,4 +1,4 @@
-"""What a model is: sizes, intervals, coefficients and cost, without loading its bases."""
+"""Facts about a model: sizes, intervals, coefficients and cost, without loading its bases."""
 
 import json
 import math
@@ -17,11 +17,11 @@ __all__ = ["describe"]
 
 
 def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
-    """Return what a model is, as JSON values.
+    """Return facts about a model, as JSON values.
 
     Args:
         path: A model directory, a checkpoint, a run, or a model of the Hugging Face hub.
-        ema: Take the averaged weights of a checkpoint, not the last ones.
+        ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
     """
     found = find_model(Path(path), ema) or find_model(download(str(path)), ema)
     if found is None:
@@ -31,7 +31,7 @@ def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
 
 
 def facts_of(found: Found) -> dict[str, Any]:
-    """Return what the files of a model say."""
+    """Return the facts in the files of a model."""
     config = RemixConfig.from_json(json.loads((found.directory / "config.json").read_text("utf-8")))
     weights = found.directory / found.weights
     state_file = found.directory / "state.json"
@@ -56,7 +56,7 @@ def coefficients_in(weights: Path, kind: str) -> Any:
 
 
 def count_parameters(weights: Path, num_bases: int) -> dict[str, int]:
-    """Return how many numbers there are: in one network, in all, and of these in the bases."""
+    """Return the numbers of parameters: in one network, in all, and in the bases alone."""
     with safe_open(weights, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     counts = {name: math.prod(shape) for name, shape in shapes.items()}

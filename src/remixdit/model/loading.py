@@ -1,4 +1,4 @@
-"""Find and load what a user calls a checkpoint: a model directory, a run, a hub's model."""
+"""Finding and loading a checkpoint: a model directory, a run, or a model of the hub."""
 
 import json
 import re
@@ -27,15 +27,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Found:
-    """Where a model's weights are."""
+    """Directory and file of a model's weights."""
 
     directory: Path
     weights: str
-    """Name of the file in it."""
+    """Name of the file in the directory."""
 
 
 def steps_done(checkpoint: Path) -> int:
-    """Return the number of steps that a checkpoint's name states."""
+    """Return the number of steps in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -46,13 +46,13 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> RemixDiT:
-    """Load what a user calls a checkpoint.
+    """Load a checkpoint.
 
     Args:
         path: A model directory, a checkpoint, a run (its finished model, else its newest
             checkpoint), or a model of the Hugging Face hub.
-        ema: Take the averaged weights of a checkpoint, not the last ones.
-        device: Where the weights go.
+        ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
+        device: Device of the weights.
     """
     found = find_model(Path(path), ema)
     if found is None:
@@ -66,14 +66,14 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
 
 
 def model_config(directory: Path) -> RemixConfig:
-    """Return what the model of a checkpoint is, without its weights."""
+    """Return the configuration of a checkpoint's model."""
     with damage_named(directory):
         return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
 
 
 @contextmanager
 def damage_named(directory: Path) -> Iterator[None]:
-    """Name the directory of a model whose files are missing, cut short or no JSON."""
+    """Name the directory in the error of a model whose files are missing, cut short or no JSON."""
     try:
         yield
     except FileNotFoundError as error:
@@ -86,7 +86,7 @@ def damage_named(directory: Path) -> Iterator[None]:
 
 
 def find_model(path: Path, ema: bool = True) -> Found | None:
-    """Return where the weights of a local model, checkpoint or run are, None if not local."""
+    """Return the place of the weights of a local model, checkpoint or run, None if not local."""
     if not path.is_dir():
         return None
     if (path / "state.json").is_file():

@@ -33,15 +33,15 @@ __all__ = ["RemixDiT", "download", "write_model_files"]
 class RemixDiT(nn.Module):
     """N experts mixed from K bases of one diffusion transformer; an ordinary module.
 
-    Its parameters are what is trained. To train it as a whole, call it; who trains with DDP or
-    FSDP wraps `network`, and says by `experts.route` which images belong to whom.
+    Its parameters are what is trained. To train it on one process, call it. To train it with DDP or
+    FSDP2, wrap `network`, and route each image to its expert by `experts.route`.
 
     Args:
-        config: What to build.
-        network: A network of the configured shape whose weights all bases start with; a new one,
-            drawn from `seed`, if not given. Is changed.
+        config: Configuration of the model.
+        network: Network of the configured shape with whose weights all bases start; it is changed.
+            By default a new one, drawn from `seed`.
         seed: Seed of the initial weights.
-        symmetry: How strongly the experts prefer their own bases at the start; see `remix`.
+        symmetry: Preference of the experts for their own bases at the start; see `remix`.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class RemixDiT(nn.Module):
         expert n prefers basis floor(n K / N).
 
         Args:
-            network: Is copied.
-            num_bases: K.
-            num_experts: N.
+            network: Plain network, which is copied.
+            num_bases: Number of bases, K.
+            num_experts: Number of experts, N.
             options: Other fields of `RemixConfig`, e.g. `coefficients="raw"`.
         """
         config = RemixConfig(
@@ -100,8 +100,8 @@ class RemixDiT(nn.Module):
         """Put N plain networks together, each the expert of its own interval.
 
         Args:
-            networks: N of equal shape, the least noisy first.
-            boundaries: (N + 1,) where the intervals begin and end; None for equal widths.
+            networks: N networks of equal shape, the least noisy first.
+            boundaries: (N + 1,) boundaries of the intervals; None for equal widths.
             options: Other fields of `RemixConfig`, e.g. `prediction_type`.
         """
         if not networks:
@@ -127,7 +127,7 @@ class RemixDiT(nn.Module):
 
     @classmethod
     def empty(cls, config: RemixConfig) -> Self:
-        """Return a model whose weights have shapes but no storage, to load others into."""
+        """Return a model whose weights have shapes but no storage, to load weights into."""
         with torch.device("meta"):
             network = DiT(config.network)
         return cls(config, network)
@@ -139,17 +139,17 @@ class RemixDiT(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """Number of experts, N."""
         return self.config.num_experts
 
     @property
     def num_bases(self) -> int:
-        """K."""
+        """Number of bases, K."""
         return self.config.num_bases
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.experts.logits.device
 
     def forward(
@@ -200,13 +200,13 @@ class RemixDiT(nn.Module):
     def predict(
         self, expert: int, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None
     ) -> Tensor:
-        """Run one expert on a batch that is all its own; shapes as `denoise`, no checks."""
+        """Run one expert on a batch; shapes as for `denoise`, without checks."""
         with self._lock:  # another thread would write another expert
             network = self.switch().write(expert)
             return network(latents, self.process.network_timesteps(timesteps), class_labels)
 
     def switch(self) -> Switch:
-        """Return the plain network that takes the experts in turn, made on first use."""
+        """Return the plain network that takes one expert after the other, made on first use."""
         if self._switch is None or not self._switch.is_current():
             with torch.device("meta"):
                 network = DiT(self.config.network)
@@ -214,7 +214,7 @@ class RemixDiT(nn.Module):
         return self._switch
 
     def sample_with(self, dtype: torch.dtype | None = None, compile: bool = False) -> None:
-        """Choose how `denoise` and `predict` run: in which dtype, and whether compiled."""
+        """Choose the dtype of `denoise` and `predict`, and whether they are compiled."""
         self._sampling, self._switch = (dtype, compile), None
 
     def precompute(self) -> None:
@@ -232,9 +232,9 @@ class RemixDiT(nn.Module):
         return {name: state[own] for own, name in self.experts.disk_names().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights as `weights` names them; a model without storage keeps these very tensors.
+        """Load weights by the names of `weights`; a model without storage keeps these tensors.
 
-        Refuses missing, extra or misshaped ones.
+        Missing, extra or misshaped weights are refused.
         """
         names = self.experts.disk_names()
         own = self.network.state_dict()
@@ -248,12 +248,12 @@ class RemixDiT(nn.Module):
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: not the plain network that serves sampling."""
+        """Return the state to copy and pickle, without the plain network for sampling."""
         left_out = ("_switch", "_sampling", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave."""
+        """Restore the state that `__getstate__` gave."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
 
@@ -274,8 +274,8 @@ class RemixDiT(nn.Module):
         """Load a model directory, or a model of the Hugging Face hub ("owner/name").
 
         Args:
-            name_or_path: A local directory is taken first.
-            device: Where the weights go.
+            name_or_path: Name or path of the model; a local directory is tried first.
+            device: Device of the weights.
         """
         directory = Path(name_or_path)
         if not directory.is_dir():
@@ -340,7 +340,7 @@ def check_labels(class_labels: Tensor, num_classes: int) -> None:
 
 
 def download(repo_id: str) -> Path:
-    """Fetch a model of the hub into its cache."""
+    """Download a model of the hub into the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -353,7 +353,7 @@ def download(repo_id: str) -> Path:
 
 
 def write_model_files(directory: Path, config: RemixConfig) -> None:
-    """Write all of a model directory but the weights."""
+    """Write all files of a model directory but the weights."""
     text = json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n"
     card = model_card(config)
     write_file(directory / "config.json", lambda path: path.write_text(text, "utf-8"))

@@ -20,15 +20,15 @@ __all__ = ["Switch"]
 
 
 class Switch:
-    """The plain network of whichever expert is asked for.
+    """A plain network that takes the weights of any expert.
 
     Args:
-        experts: Whose weights it takes, as they are when it is asked. Shared parameters are the
-            mixture's own, without a copy, where they have the same dtype.
-        network: A plain network of the shape of the experts, on the meta device or elsewhere; its
-            weights are replaced.
-        dtype: Of the network, but for what it lists in `float32_modules`; None for the mixture's.
-        compile: Compile the network, once for all experts.
+        experts: Experts whose current weights are written. Shared parameters of the same dtype are
+            the mixture's own, without a copy.
+        network: Plain network of the shape of the experts, on any device, also meta; its weights
+            are replaced.
+        dtype: Dtype of the network, except its `float32_modules`; None for the mixture's.
+        compile: Whether to compile the network, once for all experts.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Switch:
         if compile:
             self.network.compile()
         self._kinds = [kind(parameter) for parameter in experts.network.parameters()]
-        self._holds: tuple[Any, ...] | None = None  # an expert, and the versions of its sources
+        self._holds: tuple[Any, ...] | None = None  # the expert, and the versions of its sources
         self._ready: list[Tensor | None] = []  # (N, *) of each mixed parameter
         self._ready_for: tuple[Any, ...] | None = None
 
     def _pair(
         self, name: str, source: nn.Parameter, dtype: torch.dtype | None
     ) -> tuple[nn.Parameter, nn.Parameter, int | None]:
-        """Make a plain parameter; return it with its source, and its table if that is mixed."""
+        """Make a plain parameter; return it with its source, and its table if it is mixed."""
         owner, _, leaf = name.rpartition(".")
         module = self.network.get_submodule(owner)
         kept = getattr(self.network, "float32_modules", ())
@@ -102,9 +102,9 @@ class Switch:
 
     @torch.no_grad()
     def precompute(self) -> None:
-        """Mix all N experts once and keep them, until bases or logits change.
+        """Mix all N experts once and keep them until a weight changes.
 
-        Costs the memory of N networks; an expert is then there at once.
+        This takes the memory of N networks.
         """
         versions = self._versions()
         if self._ready_for == versions:
@@ -118,18 +118,18 @@ class Switch:
         self._ready_for, self._holds = versions, None
 
     def _versions(self) -> tuple[tuple[int, int, int], ...]:
-        """Return what changes whenever a weight does: torch counts every write in place."""
+        """Return values that change whenever a weight does: torch counts every in-place write."""
         parameters = self.experts.network.parameters()
         return tuple((id(p), p._version, data_pointer(p)) for p in parameters)
 
 
 def kind(parameter: Tensor) -> tuple[int, torch.dtype, torch.device]:
-    """Return what does not change when only values do."""
+    """Return the properties of a parameter that stay when only its values change."""
     return id(parameter), parameter.dtype, parameter.device
 
 
 def data_pointer(values: Tensor) -> int:
-    """Return where the values of a tensor are."""
+    """Return the address of a tensor's values."""
     return local(values).data_ptr()
 
 

@@ -4,7 +4,7 @@
     out.npz     arr_0 (n, H, W, C) uint8, arr_1 (n,) int64 labels
     out/        000000.png, ..., and samples.json, which comes last
 
-A single file appears when it is whole. What exists is replaced only on request: samples take
+A single file appears when it is whole. Existing samples are replaced only on request: they take
 hours, and two settings easily get the same name.
 
 Shapes: n images, H W C of one.
@@ -31,7 +31,7 @@ MAX_COLUMNS = 12
 
 
 class Target(NamedTuple):
-    """Where samples go, and as what."""
+    """Path and kind of the output."""
 
     path: Path
     kind: str
@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
 
 def target_of(output: str) -> Target:
-    """Return what is meant by name.png, name.npz or a directory."""
+    """Return the target that name.png, name.npz or a directory means."""
     path, kind = Path(output), "folder"
     if not output.endswith("/") and not path.is_dir() and path.suffix:
         kind = path.suffix.removeprefix(".").lower()
@@ -49,11 +49,11 @@ def target_of(output: str) -> Target:
 
 
 def claim(target: Target, overwrite: bool = False) -> None:
-    """Make sure that samples can go there, before the first is drawn; a directory is made.
+    """Check that samples can be written, before the first is drawn; a directory is made.
 
     Args:
-        target: Where.
-        overwrite: Replace what an earlier sampling wrote there.
+        target: Path and kind of the output.
+        overwrite: Whether to replace earlier samples.
     """
     if target.kind == "folder":
         claim_folder(target.path, overwrite)
@@ -64,7 +64,7 @@ def claim(target: Target, overwrite: bool = False) -> None:
 
 
 def claim_folder(path: Path, overwrite: bool) -> None:
-    """Make a directory, or empty one that an earlier sampling filled."""
+    """Make a directory, or remove earlier samples from one."""
     make_folder(path)
     found = sorted(entry.name for entry in path.iterdir())
     if found and not overwrite:
@@ -77,7 +77,7 @@ def claim_folder(path: Path, overwrite: bool) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a directory; a file in the way is the user's mistake."""
+    """Make a directory; refuse a path below a file."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -90,13 +90,13 @@ def write_samples(
     class_labels: Sequence[int],
     class_names: Sequence[str],
 ) -> Iterator[int]:
-    """Write images as they come; yields how many this process has done.
+    """Write images as they are drawn; yield the number that this process has written.
 
     Args:
-        target: Where; claimed.
-        batches: Of images, in rising order; all of them unless the target is a folder.
-        class_labels: (n,) of all images.
-        class_names: Shown below the images of a grid; none shows nothing.
+        target: Path and kind of the output, claimed.
+        batches: Batches of images, in rising order; all of them unless the target is a folder.
+        class_labels: (n,) labels of all images.
+        class_names: Captions of the images of a grid; empty for none.
     """
     if target.kind == "folder":
         yield from write_folder(target.path, batches)
@@ -108,7 +108,7 @@ def write_samples(
 
 
 def write_about(target: Target, about: Mapping[str, Any]) -> None:
-    """Write, beside the files of a folder, where they come from: JSON values."""
+    """Write the settings of the samples, JSON values, beside the files of a folder."""
     if target.kind == "folder":
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         write_file(target.path / ABOUT_FILE, lambda beside: beside.write_text(text, "utf-8"))
@@ -168,7 +168,7 @@ def write_grid(
 
 
 def columns_for(class_labels: Sequence[int]) -> int:
-    """Return how many images stand in a row: a column for each class, if they are few."""
+    """Return the number of columns of a grid: one for each class, if they are few."""
     count, classes = len(class_labels), len(set(class_labels))
     if 1 < classes <= MAX_COLUMNS and count > classes:
         return classes

@@ -34,28 +34,28 @@ SCHEDULERS = ("auto", "ddpm", "ddim", "dpm++", "euler")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How images are drawn."""
+    """Sampler, guidance, and number of images."""
 
     num_images: int = 64
-    """Images in all."""
+    """Number of images."""
     class_labels: tuple[int, ...] = ()
-    """Labels that the images cycle through by index; every class when none is named."""
+    """Class labels through which images cycle by index; empty for all classes."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance, at least 1; 1 is off."""
+    """Scale of classifier-free guidance, at least 1; 1 for no guidance."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Share of the way from data (0) to noise (1) on which guidance acts (arXiv 2404.07724)."""
+    """Part of the way from data (0) to noise (1) where guidance acts (arXiv:2404.07724)."""
     guidance_channels: int = 0
-    """Guide only so many channels; 0 for all. 3 repeats a slip of published DiT samples."""
+    """Number of guided channels; 0 for all. 3 repeats a slip of published DiT samples."""
     scheduler: str = "auto"
-    """ddpm, ddim, dpm++ or, for flow matching, euler; auto is ddpm or euler."""
+    """Sampler: ddpm, ddim, dpm++, euler (flow matching only) or auto (ddpm or euler)."""
     num_inference_steps: int = 250
-    """Steps of a trajectory, S."""
+    """Number of sampling steps, S."""
     batch_size: int = 64
-    """Images at a time; does not change them."""
+    """Number of images in one forward pass. It does not change the images."""
     seed: int = 0
-    """Image i is drawn from (seed, i)."""
+    """Seed; image i depends on the seed and i alone."""
     precompute: bool = False
-    """Mix all N experts once and keep them, instead of mixing at every interval's boundary."""
+    """Mix all N experts once and keep them, instead of one at each interval's boundary."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -91,7 +91,7 @@ class Samples(NamedTuple):
     """A batch of finished images."""
 
     indices: tuple[int, ...]
-    """Of the images, in [0, num_images)."""
+    """Indices of the images, in [0, num_images)."""
     images: np.ndarray
     """(B, H, W, C) uint8."""
     class_labels: np.ndarray
@@ -99,10 +99,10 @@ class Samples(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """The steps of a scheduler: what to show the network, and how to go on from its output."""
+    """The steps of a scheduler: the network's timesteps, and the step from its output."""
 
     timesteps: Tensor
-    """(S,) ours, from noise to data."""
+    """(S,) our timesteps, from noise to data."""
     step: Callable[[Tensor, int, Tensor, Sequence[torch.Generator]], Tensor]
     """(output, number of the step, latents, generator of each image) -> next latents."""
 
@@ -174,11 +174,11 @@ def guided_output(
         guided = null + guidance_scale * (conditional - null)
 
     Args:
-        model: The network of its `expert` is used.
+        model: Model whose `expert` predicts.
         config: Scale, interval and channels of the guidance.
-        expert: The owner of the timestep.
+        expert: Expert that owns the timestep.
         latents: (B, C, H, W).
-        timestep: One for all.
+        timestep: Timestep of all latents.
         class_labels: (B,).
 
     Returns:
@@ -234,7 +234,10 @@ def trajectory_of(model: RemixDiT, config: SamplingConfig) -> Trajectory:
 
 
 def ddpm_trajectory(process: Diffusion, spaced: Tensor) -> Trajectory:
-    """Ancestral sampling from the predicted mean and variance (arXiv 2006.11239, 2102.09672)."""
+    """Ancestral sampling from the predicted mean and variance.
+
+    arXiv:2006.11239; arXiv:2102.09672 for the variance.
+    """
     last = len(spaced) - 1
 
     def step(

@@ -1,7 +1,7 @@
-"""The main job in minutes, on a CPU: pre-train a small DiT on real digits, remix it, look.
+"""The main job in minutes on a CPU: pre-train a small DiT on real digits, remix it, compare.
 
-Beside the remixed model the plain one trains on for the same number of steps with the same
-images, both with timesteps stratified over the same intervals: what differs is the mixture alone.
+Beside the remixed model the plain one is trained further, for as many steps on the same images,
+both with timesteps stratified over the same intervals: they differ in the mixture alone.
 
     quickstart/
         data/           4,500 MNIST digits to train on, 500 held out
@@ -9,7 +9,7 @@ images, both with timesteps stratified over the same intervals: what differs is 
         continued/
         remixed/
         figures/
-        report.html     what came of it
+        report.html     the results
 """
 
 import json
@@ -43,7 +43,7 @@ from remixdit.training.run import read_metrics
 
 __all__ = ["Progress", "QuickstartConfig", "quickstart"]
 
-IMAGE_SIZE = 24  # of 28: a quarter less work, and digits as legible
+IMAGE_SIZE = 24  # instead of 28: a quarter less work, and digits as legible
 NUM_HELD_OUT = 500
 NUM_MATRIX_IMAGES = 250
 DIGITS_PER_CLASS = 4
@@ -52,38 +52,38 @@ GUIDANCE_SCALE = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """The first run of a new user."""
+    """Pre-train a small DiT on real digits, remix it, and compare both."""
 
     output_dir: Path = Path("quickstart")
-    """Where everything goes; the same command again goes on where it was stopped."""
+    """Directory of all results; the same command again resumes."""
     pretrain_steps: int = 1500
-    """Steps of the plain DiT that both models start from."""
+    """Number of steps of the plain DiT that both models start from."""
     steps: int = 500
-    """Steps that the remixed and the continued model then take, each."""
+    """Number of steps that the remixed and the continued model each take from there."""
     batch_size: int = 64
-    """Images a step."""
+    """Number of images in a step."""
     num_bases: int = 4
-    """K."""
+    """Number of bases, K."""
     num_experts: int = 8
-    """N."""
+    """Number of experts, N."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random draws."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu or cuda. auto is the GPU if there is one."""
     precision: str = "auto"
-    """fp32, bf16, or auto: bf16 where the hardware is fast at it."""
+    """Precision of the arithmetic: fp32, bf16 or auto, which is bf16 where that is fast."""
 
 
 class Result(NamedTuple):
-    """One finished model."""
+    """A finished model and its losses."""
 
     model: RemixDiT
     losses: np.ndarray
-    """(I, n) validation losses of each interval's owner."""
+    """(I, n) validation losses, each of the expert that owns the interval."""
 
 
 def quickstart(config: QuickstartConfig) -> Iterator[Progress]:
-    """Run all stages, those that are finished already at once; the report is written last."""
+    """Run all stages, skipping finished ones; the report is written last."""
     yield from prepare_digits(config)
     for stage in ("pretrained", "continued", "remixed"):
         for progress in train(stage_config(config, stage)):
@@ -99,7 +99,7 @@ def quickstart(config: QuickstartConfig) -> Iterator[Progress]:
 
 
 def prepare_digits(config: QuickstartConfig) -> Iterator[Progress]:
-    """Encode the digits once: 500 drawn by seed are held out."""
+    """Encode the digits once; 500 of them, drawn by the seed, are held out."""
     source = open_source("mnist5k")
     order = torch.randperm(len(source), generator=generator_for(config.seed, "held out")).numpy()
     parts = {"held-out": np.sort(order[:NUM_HELD_OUT]), "train": np.sort(order[NUM_HELD_OUT:])}
@@ -109,7 +109,7 @@ def prepare_digits(config: QuickstartConfig) -> Iterator[Progress]:
 
 
 def data_dir(config: QuickstartConfig, part: str) -> Path:
-    """Return where the digits "train" or "held-out" are."""
+    """Return the directory of the digits "train" or "held-out"."""
     return config.output_dir / "data" / part
 
 
@@ -216,7 +216,7 @@ TABLE_CAPTION = (
 
 
 def training_seconds(run_dir: Path, batch_size: int) -> float:
-    """Return the time that a run's steps took, by its metrics."""
+    """Return the seconds that a run's steps took, according to its metrics."""
     seconds, before = 0.0, 0
     for row in read_metrics(run_dir):
         seconds += (row["step"] - before) * batch_size / row["images_per_second"]
@@ -288,7 +288,7 @@ FIGURES = (
     ),
     (
         "coefficients",
-        "What each expert is mixed from (as figure 4a of arXiv 2412.05628).",
+        "What each expert is mixed from (as figure 4a of arXiv:2412.05628).",
         "Heat map of coefficients",
     ),
     (
@@ -301,7 +301,7 @@ FIGURES = (
 
 
 def next_commands(config: QuickstartConfig) -> list[str]:
-    """Return commands that go on from here."""
+    """Return commands for the next steps of a user."""
     run = config.output_dir
     return [
         f"remixdit sample {run}/remixed --num-images 100 --guidance-scale 2.5 --output digits.png",

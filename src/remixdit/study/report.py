@@ -1,6 +1,6 @@
-"""What came of a study: means over seeds, paired differences, tables and figures.
+"""The results of a study: means over seeds, paired differences, tables and figures.
 
-    results.json    everything, one entry a cell
+    results.json    all results, one entry for each cell
     table.md        the table, for a document
     report.html     table, figures and settings in one file
 
@@ -27,8 +27,8 @@ from remixdit.files import write_file
 __all__ = ["Paired", "paired", "write_study"]
 
 BASELINES = ("continued", "stratified", "independent", "independent-shared")
-PREFERRED = ("stratified", "continued")  # as the baseline of figures
-MAX_CURVES = 6  # in one figure
+PREFERRED = ("stratified", "continued")  # baselines of figures
+MAX_CURVES = 6  # curves in one figure
 Result = dict[str, Any]
 
 
@@ -36,11 +36,11 @@ class Paired(NamedTuple):
     """A variant against a baseline, seed by seed."""
 
     mean: float
-    """Of the differences, per cent of the baseline; negative is better."""
+    """Mean of the differences in per cent of the baseline; negative is better."""
     reach: float
     """Half the 95 % interval over seeds; NaN for one seed."""
     wins: int
-    """Seeds in which the variant is lower."""
+    """Number of seeds in which the variant is lower."""
     seeds: int
 
 
@@ -64,13 +64,13 @@ def write_study(
     results: Sequence[Result],
     summaries: Mapping[str, str],
 ) -> None:
-    """Write what is known so far.
+    """Write the results so far.
 
     Args:
-        directory: Of the study.
-        settings: What was asked for.
-        results: Of the finished cells.
-        summaries: A line about each variant.
+        directory: Directory of the study.
+        settings: Settings of the study.
+        results: Results of the finished cells.
+        summaries: Summary of each variant, in one line.
     """
     if not results:
         return
@@ -116,7 +116,7 @@ def result_table(results: Sequence[Result], with_half: bool = False) -> Table:
     """Return a row for each variant.
 
     Args:
-        results: Of the finished cells.
+        results: Results of the finished cells.
         with_half: Hold what each has half of the way against what the first baseline has at its
             end; for constant learning rates, as others have not been annealed by then.
     """
@@ -176,7 +176,7 @@ def mean_of(values: Sequence[float], digits: int) -> str:
 
 
 def by_interval(cells: Sequence[Result], baseline: Sequence[Result]) -> Paired | None:
-    """Compare the losses of every interval, each counting alike however large it is."""
+    """Compare the losses of all intervals, each with equal weight whatever its size."""
 
     def logs(group: Sequence[Result]) -> dict[int, float]:
         """Return the geometric mean over the intervals by seed."""
@@ -210,7 +210,7 @@ def markdown(table: Table) -> str:
 
 
 def introduction(settings: Mapping[str, Any], results: Sequence[Result]) -> str:
-    """Return what was done, in words."""
+    """Return a description of the study."""
     budget = settings["steps"] * settings["batch_size"]
     trained = [cell for cell in results if cell["images"] == budget]
     flops = [cell["network_flops"] + cell["mixing_flops"] for cell in trained]

@@ -3,10 +3,10 @@
 Every cell is a training run that sees the same images in the same order as all cells of its seed,
 then is measured on the same held-out images with the same timesteps and noise. Cells run in
 processes of their own, several at once where there is room; a study that was stopped goes on with
-the cells that are missing, and those with their steps.
+the missing cells, and a stopped cell with its remaining steps.
 
     study/
-        config.json              what was asked for
+        config.json              the settings
         cells/remix/seed-0/      result.json, losses.npz, samples.png; while it trains, run/
         results.json, table.md, report.html
 
@@ -54,11 +54,12 @@ from remixdit.training.start import training_strata
 
 __all__ = ["StudyConfig", "study"]
 
-NUM_INTERVALS = 40  # of the measurement: no coarser than any usual N, so that curves compare
+# Intervals of the measurement: no coarser than any usual N, so that curves compare.
+NUM_INTERVALS = 40
 GRID_IMAGES = 40
 NUM_REFERENCE = 5000  # held-out images that samples are scored against, at most
 
-# What may change when a study goes on.
+# Settings that may differ when a study is resumed.
 MAY_CHANGE = {"output_dir", "workers", "device", "variants", "seeds", "name"}
 
 
@@ -67,62 +68,62 @@ class StudyConfig:
     """Compare variants at equal budget: the same start, images and steps."""
 
     name: str
-    """Which variants: a name of `variants.STUDIES`."""
+    """Name of the study, one of `variants.STUDIES`."""
     data: str
     """Encoded shards to train on."""
     held_out: str
     """Encoded shards to measure on."""
     init_from: str
-    """The plain DiT that every variant starts from."""
+    """Plain DiT that every variant starts from."""
     output_dir: Path
-    """Where cells and the report go; the same command again goes on."""
+    """Directory of cells and report; the same command again resumes the study."""
     variants: str = ""
-    """Others than the study's own, with commas between; NAME@0.25 for a quarter of the rate."""
+    """Variants instead of the study's own, comma-separated; NAME@0.25 learns at a quarter rate."""
     seeds: int = 3
-    """Runs of every variant."""
+    """Number of runs of every variant, each with its own seed."""
     steps: int = 2000
-    """Optimizer steps of every run."""
+    """Number of optimizer steps of every run."""
     batch_size: int = 64
-    """Images a step."""
+    """Number of images in a step."""
     learning_rate: float = 2e-4
-    """Of every variant that does not say otherwise; not of the coefficients."""
+    """Learning rate of bases and shared parameters, unless a variant has its own."""
     lr_schedule: str = "constant"
-    """constant, or cosine: falls to 0 at the last step. Then losses at half are not comparable."""
+    """Schedule of the learning rates: constant or cosine; losses at half compare with constant."""
     beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     ema_decay: float = 0.998
-    """Of the averages, which are what is measured."""
+    """Decay rate of the averaged weights, which are measured."""
     num_bases: int = 4
-    """K where a variant does not say otherwise."""
+    """Number of bases, K, unless a variant has its own."""
     num_experts: int = 20
-    """N where a variant does not say otherwise."""
+    """Number of experts, N, unless a variant has its own."""
     mirror: bool = False
-    """Mirror half of the training images."""
+    """Mirror half of the training images left to right."""
     num_held_out: int = 500
-    """Images of the validation loss, each at every one of 40 intervals."""
+    """Number of held-out images for the validation loss, each measured in all 40 intervals."""
     num_samples: int = 0
-    """Images that every cell draws for the scores; 0 for none."""
+    """Number of images that every cell samples for the scores; 0 for no scores."""
     num_inference_steps: int = 25
-    """Steps of their trajectories (DDIM, or Euler for flow matching)."""
+    """Number of sampling steps (DDIM, or Euler for flow matching)."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance of the samples; 1 is off."""
+    """Scale of classifier-free guidance; 1 for no guidance."""
     extractor: str = "lite0"
-    """Of the scores: lite0, inception or dinov2."""
+    """Feature extractor of the scores: lite0, inception or dinov2."""
     extractor_weights: str | None = None
-    """Their file, where the extractor needs one."""
+    """Weights file of the extractor, if it needs one."""
     seed: int = 0
-    """Of the first run; others count up."""
+    """Seed of the first run; the others count up from it."""
     workers: int = 1
-    """Cells at once; each gets its share of the cores."""
+    """Number of cells that run at once, each on its share of the cores."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu or cuda. auto is the GPU if there is one."""
     precision: str = "fp32"
-    """fp32 or bf16."""
+    """Precision of the arithmetic: fp32 or bf16."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         chosen_variants(self.name, self.variants)
-        if self.steps < 4:  # half of the steps of half a budget is one that is saved
+        if self.steps < 4:  # a run of half the budget saves a checkpoint after half of its steps
             raise ValueError(f"steps must be at least 4, got {self.steps}")
         for name in ("seeds", "workers", "num_inference_steps"):
             if getattr(self, name) < 1:
@@ -136,14 +137,14 @@ class StudyConfig:
 
 
 class Cell(NamedTuple):
-    """One run of a study."""
+    """One run of a study, of one variant and one seed."""
 
     variant: str
     seed: int
 
 
 def study(config: StudyConfig) -> Iterator[Progress]:
-    """Run the cells that are missing, then write the report; yields after every cell."""
+    """Run the missing cells, then write the report; progress is reported after every cell."""
     cells = cells_of(config)
     refuse_unfit(config, cells)
     config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,7 @@ def study(config: StudyConfig) -> Iterator[Progress]:
 
 
 def check_study(directory: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with other settings, or in a directory of something else."""
+    """Refuse to resume under other settings, or in a directory that holds no study."""
     path = directory / "config.json"
     if not path.is_file() and any(directory.iterdir()):
         raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
@@ -169,7 +170,7 @@ def check_study(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
-    """Return the runs, seed by seed, so that a study cut short has whole rows."""
+    """Return the runs, seed by seed, so that a stopped study has complete seeds."""
     variants = chosen_variants(config.name, config.variants)
     seeds = range(config.seed, config.seed + config.seeds)
     trained = [Cell(name, seed) for seed in seeds for name in variants if name != START]
@@ -177,7 +178,7 @@ def cells_of(config: StudyConfig) -> list[Cell]:
 
 
 def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
-    """Refuse, before any work, what some cell could not do."""
+    """Refuse, before any work, settings that would fail in some cell."""
     held = ShardDataset(Path(config.held_out))
     if config.num_held_out > len(held):
         raise ValueError(
@@ -193,14 +194,14 @@ def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
 
 
 def run_cells(config: StudyConfig, cells: list[Cell]) -> Iterator[Cell]:
-    """Run cells in processes of their own; yields each when it is finished."""
+    """Run cells in processes of their own; yield each when it is finished."""
     if not cells:
         return
     threads = max(1, (os.cpu_count() or 1) // config.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded there
     context = multiprocessing.get_context("spawn")
-    # A process of its own for each cell: what one leaves behind, such as compiled graphs up to the
-    # limit of recompilations, must not slow another down.
+    # A process of its own for each cell: the state of one, such as compiled graphs up to the limit
+    # of recompilations, must not slow another down.
     with ProcessPoolExecutor(config.workers, mp_context=context, max_tasks_per_child=1) as pool:
         futures: dict[Future[None], Cell] = {
             pool.submit(run_cell, config, cell, threads): cell for cell in cells
@@ -261,7 +262,7 @@ def trained_model(parts: Sequence[TrainConfig], where: str = "") -> RemixDiT:
 
 
 def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
-    """Return the run of a cell, but for what its variant changes."""
+    """Return the run of a cell, without the changes of its variant."""
     steps = max(1, round(config.steps * variant(cell.variant).share))
     return TrainConfig(
         data=config.data,
@@ -269,7 +270,7 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
         init_from=config.init_from,
         steps=steps,
         batch_size=config.batch_size,
-        seed=cell.seed + 1,  # not that of the start, whose batches it would repeat
+        seed=cell.seed + 1,  # another seed than the start's, whose batches it would repeat
         device=config.device,
         precision=config.precision,
         network=start.config.network,
@@ -294,12 +295,12 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
 
 
 def cost_of(run: TrainConfig, parts: Sequence[TrainConfig], model: RemixDiT) -> dict[str, Any]:
-    """Return what a cell cost: images, operations, and the seconds of its steps.
+    """Return the cost of a cell: images, operations, and the seconds of its steps.
 
     Args:
-        run: Of the cell.
-        parts: The runs that it was trained in.
-        model: Trained.
+        run: Run of the cell.
+        parts: Runs in which the cell was trained.
+        model: Trained model.
     """
     images = sum(part.steps * part.batch_size for part in parts)
     mixing = 0 if len(parts) > 1 else run.steps * mixing_flops(model, run.strata_per_step)
@@ -318,11 +319,11 @@ def cost_of(run: TrainConfig, parts: Sequence[TrainConfig], model: RemixDiT) -> 
 
 
 def mixing_flops(model: RemixDiT, experts_per_step: int) -> int:
-    """Return what a step computes beyond a plain one: mixes, inner products, further bases."""
+    """Return the operations of a step beyond a plain one: mixing, and updates of more bases."""
     if model.num_experts == 1:
         return 0
     mixed = sum(bases[0].numel() for bases in model.experts.bases().values())
-    update = 16  # operations of AdamW and the average, for each number
+    update = 16  # operations of AdamW and the average for each parameter
     return mixed * (4 * experts_per_step * model.num_bases + update * (model.num_bases - 1))
 
 
@@ -384,12 +385,12 @@ def reference_of(config: StudyConfig) -> FeatureSet:
 
 
 def cell_dir(config: StudyConfig, cell: Cell) -> Path:
-    """Return where a cell's files are."""
+    """Return the directory of a cell."""
     return config.output_dir / "cells" / cell.variant / f"seed-{cell.seed}"
 
 
 def result_path(config: StudyConfig, cell: Cell) -> Path:
-    """Return the file that says that a cell is finished."""
+    """Return the file whose existence marks a finished cell."""
     return cell_dir(config, cell) / "result.json"
 
 

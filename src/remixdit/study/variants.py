@@ -2,7 +2,7 @@
 
 A variant is a set of changes to one common run: the same start, the same images, the same steps.
 The order of a study is that of its table; the first after the start is the usual baseline. A name
-with @ and a factor, such as published@0.25, is a variant at that much of the learning rate.
+with @ and a factor, such as published@0.25, is a variant at that factor of the learning rate.
 """
 
 import math
@@ -15,7 +15,7 @@ from remixdit.training.config import MixtureConfig, TrainConfig
 
 __all__ = ["START", "STUDIES", "VARIANTS", "Variant", "chosen_variants", "run_config", "variant"]
 
-START = "start"  # what all variants start from; not trained
+START = "start"  # the model that all variants start from; not trained
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class Variant:
     """One way to spend the budget."""
 
     summary: str
-    """What it is, in one line."""
+    """Summary in one line."""
     mixture: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `MixtureConfig` other than the study's."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `OptimizerConfig` other than the study's."""
     share: float = 1.0
-    """Of the study's steps, and so of its images."""
+    """Share of the study's steps, and so of its images."""
     learning_rate_factor: float = 1.0
-    """Of the study's learning rate."""
+    """Factor of the study's learning rate."""
     stratified: bool = False
-    """A plain DiT with timesteps spread evenly over the intervals in every batch."""
+    """Whether every batch of a plain DiT is spread evenly over the intervals."""
     num_independent: int = 0
     """Number of plain DiTs, each trained on an interval of its own; 0 for one model."""
     shares_batches: bool = False
-    """Independent experts get a part of every batch, instead of a part of the steps."""
+    """Whether independent experts get a part of every batch instead of a part of the steps."""
 
 
 PLAIN = {"num_bases": 1, "num_experts": 1}
@@ -50,7 +50,7 @@ PUBLISHED = {
 
 
 def independent(count: int, shares_batches: bool, summary: str) -> Variant:
-    """Return experts that share nothing, not even what the mixtures share: plain trainings."""
+    """Return experts that share no parameter at all: plain trainings."""
     intervals = {} if shares_batches else {"intervals": "uniform"}
     return Variant(summary, PLAIN | intervals, num_independent=count, shares_batches=shares_batches)
 
@@ -135,7 +135,7 @@ def variant(name: str) -> Variant:
     """Return a variant by name, NAME or NAME@FACTOR.
 
     Raises:
-        ValueError: there is none of that name, or the factor is not a number above 0.
+        ValueError: There is none of that name, or the factor is not a number above 0.
     """
     base, at, factor = name.partition("@")
     if base not in VARIANTS:
@@ -156,7 +156,7 @@ def variant(name: str) -> Variant:
     return replace(found, summary=summary, learning_rate_factor=number)
 
 
-# Each ends in the default, so that every table holds what it is compared with.
+# Each ends in the default, so that every table holds it for comparison.
 STUDIES = {
     "table2": (
         *(START, "continued", "stratified", "independent", "independent-shared"),
@@ -193,7 +193,7 @@ def chosen_variants(study: str, names: str) -> tuple[str, ...]:
 
 
 def hint(name: str) -> str:
-    """Return what may be meant by a name that does not exist."""
+    """Return a suggestion for a name that does not exist."""
     close = get_close_matches(name, [*STUDIES, *VARIANTS], 1)
     return f"; perhaps {close[0]}" if close else ""
 
@@ -202,8 +202,8 @@ def run_config(variant: Variant, common: TrainConfig) -> TrainConfig:
     """Return the run of a variant.
 
     Args:
-        variant: What differs.
-        common: The study's run: its mixture holds the study's K, N and M.
+        variant: Changes to the run.
+        common: Run of the study, whose mixture holds the study's K, N and M.
     """
     mixture = replace(common.mixture, **variant.mixture)
     # More experts than a batch has images cannot all be in it.
@@ -222,9 +222,9 @@ def run_config(variant: Variant, common: TrainConfig) -> TrainConfig:
 
 
 def independent_runs(variant: Variant, run: TrainConfig) -> tuple[TrainConfig, ...]:
-    """Return the runs that a variant is trained in: one, or one for each independent expert.
+    """Return the runs in which a variant is trained: one, or one for each independent expert.
 
-    Together they take as many images as one run would.
+    Together they see as many images as one run.
     """
     count = variant.num_independent
     if not count:
@@ -254,10 +254,10 @@ def independent_runs(variant: Variant, run: TrainConfig) -> tuple[TrainConfig, .
 
 
 def shared_policy(run: TrainConfig) -> str:
-    """Return how intervals are cut where every step holds all of them."""
+    """Return the policy of intervals where every step holds all of them."""
     return "log_snr" if run.objective.prediction_type == "epsilon" else "uniform"
 
 
 def strata_of(mixture: MixtureConfig, batch_size: int) -> int:
-    """Return over how many intervals a plain DiT's timesteps are spread."""
+    """Return the number of intervals over which a plain DiT's timesteps are spread."""
     return min(mixture.num_experts, batch_size)

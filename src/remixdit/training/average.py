@@ -19,7 +19,7 @@ class Average:
     """One average for each parameter of a network, sharded as that is.
 
     Attributes:
-        values: By the name of the parameter, (*) or its slice.
+        values: Averages by the name of the parameter, (*) or its slice.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -30,14 +30,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
-        """Take in the present weights, with the share `weight`."""
+        """Average the current weights in, with the share `weight`."""
         averages = [local(values) for values in self.values.values()]
         present = [local(parameter.detach()) for parameter in self.parameters.values()]
         get_ema_multi_avg_fn(1 - weight)(averages, present, 0)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Let the network hold the averages, inside a `with`."""
+        """Let the network hold the averages inside of a `with` block."""
         self._swap()
         try:
             yield
@@ -51,5 +51,5 @@ class Average:
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)
-            # A write through the local part of a sharded parameter is not counted by itself.
+            # torch does not count a write through the local part of a sharded parameter.
             torch.autograd.graph.increment_version(parameter)

@@ -5,11 +5,11 @@
         model.safetensors       weights, as in a model directory
         ema.safetensors         their running average, likewise
         optimizer.safetensors   moments of every parameter
-        state.json              steps done
+        state.json              number of steps done
 
 A checkpoint is written beside its place, synced and renamed, so a crash leaves the last whole one.
 It does not depend on the number of processes. Tensors are gathered on the CPU of the first
-process, one at a time, and written in a thread while training goes on.
+process, one at a time, and written in a thread during the next steps.
 """
 
 import json
@@ -41,8 +41,8 @@ class Writer:
     """Writes checkpoints of a run in a thread, one at a time.
 
     Args:
-        run_dir: The run's directory.
-        keep: How many of the newest checkpoints stay.
+        run_dir: Directory of the run.
+        keep: Number of checkpoints to keep, the newest ones.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -51,18 +51,18 @@ class Writer:
         self.pending: Future[None] | None = None
 
     def write(self, step: int, config: RemixConfig, parts: dict[str, Tensors]) -> None:
-        """Begin to write the checkpoint of a step; waits for the one before.
+        """Begin to write the checkpoint of a step; wait for the one before.
 
         Args:
-            step: Steps done.
-            config: The model's.
-            parts: Tensors that nothing else will write to, by the name of their file.
+            step: Number of steps done.
+            config: Configuration of the model.
+            parts: Tensors that nothing else writes to, by the name of their file.
         """
         self.wait()
         self.pending = self.pool.submit(self._write, step, config, parts)
 
     def wait(self) -> None:
-        """Wait until all is written; raises what went wrong."""
+        """Wait until the checkpoint is written; raise an error that happened meanwhile."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -102,10 +102,10 @@ def gathered(
     """Return copies of all that a checkpoint holds, by file, on the CPU.
 
     Args:
-        model: All processes have to ask together if it is sharded.
+        model: If it is sharded, all processes must call together.
         optimizer: AdamW.
-        average: Of the weights.
-        keeps: Whether this process is the one that needs them; the others get empty parts.
+        average: Average of the weights.
+        keeps: Whether this process keeps the copies; the others get empty parts.
         only: The name of the one part to gather, by default all.
     """
     names = model.experts.disk_names()
@@ -124,7 +124,7 @@ def gathered(
 
 
 def moment_name(name: str) -> str:
-    """Return what the moments of a weight are called: the parameter, bases or not."""
+    """Return the name of a weight's moments: that of the parameter, without `bases.`."""
     return name.removeprefix("bases.").removeprefix("shared.")
 
 
@@ -148,7 +148,7 @@ def restore(
     """Load a checkpoint, tensor by tensor.
 
     Returns:
-        The steps done, and a checksum of the weights.
+        The number of steps done, and a checksum of the weights.
     """
     with damage_named(directory):
         state: dict[str, Any] = json.loads((directory / "state.json").read_text())
@@ -169,7 +169,7 @@ def restore(
 def restore_moments(
     path: Path, model: RemixDiT, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Load the moments of every parameter that is trained."""
+    """Load the moments of every trained parameter."""
     weights = model.network.state_dict(keep_vars=True)
     targets: Tensors = {}
     for key, name in model.experts.disk_names().items():
@@ -184,7 +184,7 @@ def restore_moments(
 
 
 def tensors_in(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file one after the other; refuses one that is missing."""
+    """Yield the tensors of a file one by one; refuse a file that lacks one."""
     with safe_open(path, "pt") as file:
         missing = sorted(names - set(file.keys()))
         if missing:

@@ -1,6 +1,6 @@
 """What a training run is asked to do.
 
-Frozen dataclasses; the command line shows the line under each field as its help.
+Frozen dataclasses; the command line shows the docstring under each field as its help.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,7 @@ __all__ = [
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# What a resumed run may have otherwise than the run it goes on with; boundaries follow from others.
+# Settings that may differ between a run and its resumption; boundaries follow from others.
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
     *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
@@ -34,31 +34,30 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
-    """Bases, experts and how a step chooses among them."""
+    """Bases, experts, and the choice of experts in a step."""
 
     num_bases: int = 4
-    """K; 1 with num_experts 1 is a plain DiT."""
+    """Number of bases, K; 1, with num_experts 1, for a plain DiT."""
     num_experts: int = 20
-    """N, at least K."""
+    """Number of experts, N; at least K."""
     experts_per_step: int = 0
-    """M distinct experts share every batch; 0 for all N. 1 is the published method."""
+    """Number of experts that share every batch, M; 0 for all N, 1 for the published method."""
     mixed: str = "attention+mlp"
-    """attention+mlp, all, or patterns of parameter names with commas between."""
+    """Parameters to mix: attention+mlp, all, or patterns of names separated by commas."""
     coefficients: str = "softmax"
-    """softmax, raw or one_hot (frozen: with K = N, independent experts)."""
+    """Kind of coefficients: softmax, raw (free) or one_hot (frozen; expert n is one basis)."""
     per_block: bool = False
-    """One coefficient table a block instead of one for all."""
+    """Learn a coefficient table for each block instead of one for all."""
     symmetry: float = 8.0
-    """How strongly an expert prefers its own basis at the start: 0 is not, 10 nearly alone."""
+    """Preference of an expert for its own basis at the start: 0 for none, 10 for nearly alone."""
     intervals: str = "auto"
-    """uniform: equal widths in timesteps; log_snr: equal widths in log-SNR; auto: log_snr where
-    every step holds all intervals and the network predicts the noise, else uniform."""
+    """Spacing of the intervals: uniform (timesteps), log_snr, or auto (log_snr where it pays)."""
     prior_strength: float = 0.0
-    """gamma: weight of the pull of each expert to its own basis."""
+    """Weight of the prior, which pulls each expert to its own basis (gamma)."""
     prior_schedule: str = "linear"
-    """linear: falls to exactly 0 at the last step; constant."""
+    """Schedule of the prior: linear, which falls to exactly 0 at the last step, or constant."""
     basis_noise: float = 0.0
-    """Noise added to the bases at the start, relative to the size of each parameter."""
+    """Noise added to the bases at the start, over the root mean square of each parameter."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -114,21 +113,20 @@ class MixtureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the network learns to predict, and from what."""
+    """The target of the network, and the timesteps and labels that it learns from."""
 
     prediction_type: str = "epsilon"
-    """epsilon, v_prediction or flow_prediction."""
+    """Prediction of the network: epsilon, v_prediction or flow_prediction."""
     label_dropout: float = 0.1
-    """Share of the labels replaced by the null label, for guidance."""
+    """Share of the labels that become the null label, which guidance needs."""
     logit_normal: bool = False
-    """Flow matching: draw t logit-normal instead of uniform."""
+    """Draw the times of flow matching logit-normal instead of uniform."""
     timestep_strata: int = 0
-    """Number of intervals that every batch of a plain DiT is spread over evenly; 0 or 1 for not."""
+    """Number of intervals over which each batch of a plain DiT is spread; 0 or 1 for no strata."""
     interval: str = ""
-    """Interval n/N that a plain DiT learns alone, as an independent expert; 0/N is the least
-    noisy."""
+    """Interval n/N that a plain DiT learns alone, as an independent expert; 0/N is least noisy."""
     mirror: bool = False
-    """Mirror half of the images, left to right."""
+    """Mirror half of the images left to right."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -154,22 +152,22 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """What a run writes, and how often; all in optimizer steps."""
+    """What a run writes, and how often."""
 
     log_every: int = 100
-    """Between lines of metrics."""
+    """Number of optimizer steps between lines of metrics."""
     save_every: int = 5000
-    """Between checkpoints; the last step is always saved."""
+    """Number of optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
-    """The newest so many are kept."""
+    """Number of checkpoints that are kept, the newest ones."""
     sample_every: int = 0
-    """Between grids of sampled images; 0 for none."""
+    """Number of optimizer steps between grids of sampled images; 0 for no grids."""
     sample_images: int = 16
-    """Images of a grid."""
+    """Number of images in a grid."""
     sample_inference_steps: int = 50
-    """Steps of their trajectories."""
+    """Number of sampling steps for the images of a grid."""
     tensorboard: bool = True
-    """Write curves and pictures for TensorBoard."""
+    """Write curves and images for TensorBoard."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -185,42 +183,42 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """Settings of one training run."""
 
     data: str
-    """Encoded shards, or images: a folder of class folders, Parquet, npz, tar, a name."""
+    """Encoded shards, or images: class folders, Parquet, npz, tar or the name of a data set."""
     output_dir: Path
-    """The run's directory; the same command again resumes."""
+    """Directory of the run; the same command again resumes it."""
     init_from: str | None = None
-    """Start from this model: a plain DiT to remix, or a mixture to go on with."""
+    """Model to start from: a plain DiT to remix, or a mixture to train further."""
     steps: int = 100_000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 256
-    """Images a step, over all processes and experts."""
+    """Number of images in a step, over all processes and experts."""
     micro_batch_size: int = 0
-    """Images run at once on one process; 0 for all. Saves memory, changes nothing else."""
+    """Number of images in one forward pass of a process; 0 for all. Fewer save memory."""
     recompute: bool = False
-    """Compute each block again on the way back instead of keeping its activations. Saves memory."""
+    """Recompute each block in the backward pass to save the memory of its activations."""
     image_size: int | None = None
-    """Edge of the images of a source that is not encoded; by default the network's input_size."""
+    """Edge of unencoded images in pixels; by default the network's input_size."""
     strict: bool = False
-    """Refuse data with images that cannot be read, instead of leaving those out."""
+    """Refuse data with unreadable images instead of leaving those images out."""
     new_labels: bool = False
-    """Learn the class embedding afresh, for data with other classes than init_from."""
+    """Learn a new class embedding, for data with other classes than the model to start from."""
     seed: int = 0
-    """Of weights, data order, timesteps, noise."""
+    """Seed for weights, data order, timesteps and noise."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu or cuda. auto is the GPU if there is one."""
     precision: str = "fp32"
-    """fp32, or bf16: a bfloat16 network under float32 bases."""
+    """Precision of the arithmetic: fp32 or bf16. Parameters are float32."""
     shard: bool = False
-    """Share bases, moments and averages out over the processes, in slices of equal size."""
+    """Shard parameters, gradients, moments and averages over the processes (FSDP2)."""
     shard_size: int = 0
-    """Processes that share one copy of all that out, such as those of a machine; 0 for all."""
+    """Number of processes that share one copy, e.g. the GPUs of one machine; 0 for all."""
     compile: bool = field(default_factory=torch.cuda.is_available)
-    """Compile the blocks of the network; the default where there is a GPU."""
+    """Compile the network block by block; by default on a GPU only."""
     network: DiTConfig = field(default_factory=DiTConfig)
-    """Shape of the network; input_size, in_channels and num_classes are taken from the data."""
+    """Shape of the network; the data decide input_size, in_channels and num_classes."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -254,16 +252,16 @@ class TrainConfig:
 
     @property
     def strata_per_step(self) -> int:
-        """M: how many intervals every batch is spread over."""
+        """Number of intervals over which every batch is spread, M."""
         if self.mixture.num_experts == 1:
             return max(1, self.objective.timestep_strata)
         return self.mixture.experts_per_step or self.mixture.num_experts
 
     @property
     def interval_policy(self) -> str:
-        """How timesteps are cut into intervals: uniform or log_snr.
+        """Unit in which the intervals have equal widths: uniform or log_snr.
 
-        Most of the loss of a network that predicts noise is where there is little of it. Intervals
+        Most of the loss of a network that predicts noise is at the least noisy timesteps. Intervals
         of equal width in log-SNR have more experts there, and more images if every step holds all
         of them. Otherwise each is drawn in proportion to its timesteps.
         """

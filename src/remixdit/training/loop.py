@@ -6,12 +6,12 @@
 
 A run is a directory:
 
-    config.json       the configuration, and what the data were
+    config.json       the configuration, and the digest of the data
     metrics.jsonl     a line every log_every steps
-    checkpoints/      the newest few
+    checkpoints/      the newest few checkpoints
     samples/          grids of images from the averaged weights
-    tensorboard/
-    model/            the averaged weights, when the run has finished
+    tensorboard/      curves and images
+    model/            the averaged weights of a finished run
 """
 
 import json
@@ -40,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> Generator[Progress, None, None]:
-    """Train, step by step; every step is reported, and before the first how data are encoded.
+    """Train; the progress of every step, and before that of encoding, is reported.
 
-    The caller may stop asking at any time: the run goes on from its last checkpoint when the same
+    The caller may stop at any time: the run goes on from its last checkpoint when the same
     configuration is trained again. The numbers of a run are in its `metrics.jsonl`.
 
     Args:
         config: The run.
 
     Yields:
-        The stages "encode", where the data have to be, and "train", in steps.
+        Progress of the stages "encode", if the data are not encoded yet, and "train", in steps.
     """
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
     check_shard_size(config, ranks)
     start = starting_model(config, outline_of(config))
     settings = run_settings(config, start.config)
-    # Encoded data are told by their digest; others, before the effort, by where they are.
+    # Encoded data are identified by their digest; others, before encoding, by their path.
     unknown = "data" if settings["data_digest"] else "data_digest"
     check_run(config.output_dir, settings, {*MAY_CHANGE, unknown})
     dataset = yield from open_dataset(config, ranks)
@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
 
 
 def steps_of(config: TrainConfig, training: Training) -> Iterator[Progress]:
-    """Take the steps that are left."""
+    """Take the remaining steps."""
     recorder, loss = Recorder(config, training), ""
     try:
         for inputs in training.batches():
@@ -114,7 +114,7 @@ def experts_note(experts: Sequence[int]) -> str:
 
 
 def check_steps(config: TrainConfig) -> None:
-    """Refuse fewer steps than the run has done already."""
+    """Refuse fewer steps than the run has already done."""
     newest = newest_checkpoint(config.output_dir)
     done = steps_done(newest) if newest else 0
     if config.steps < done:
@@ -132,7 +132,7 @@ def check_shard_size(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def open_dataset(config: TrainConfig, ranks: Ranks) -> Generator[Progress, None, ShardDataset]:
-    """Open the shards, or encode the pixels of a source into the run's directory once."""
+    """Open the shards, or encode the images of a source once into the run's directory."""
     size = config.image_size or config.network.input_size
     encode = EncodeConfig(image_size=size, seed=config.seed, strict=config.strict)
     cache = config.output_dir / DATA_DIR
@@ -143,7 +143,7 @@ def open_dataset(config: TrainConfig, ranks: Ranks) -> Generator[Progress, None,
 
 
 def tell_of_skipped(config: TrainConfig, dataset: ShardDataset) -> None:
-    """Name an image that could not be read; refuse the data when strict."""
+    """Warn of images that could not be read; refuse the data when strict."""
     skipped = dataset.index["skipped"]
     if not skipped:
         return

@@ -24,28 +24,28 @@ __all__ = ["OptimizerConfig", "adamw", "clip", "gradients_of_logits", "set_learn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How weights are updated."""
+    """AdamW, its learning rates, clipping, and the average of the weights."""
 
     learning_rate: float = 1e-4
-    """Learning rate of the bases, after warm-up."""
+    """Learning rate of the bases, after the warm-up."""
     shared_learning_rate: float | None = None
     """Learning rate of the parameters that are not mixed; that of the bases if not given."""
     coefficients_learning_rate: float = 1e-2
     """Learning rate of the logits."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and of the second moment."""
+    """Decay rates of the first and the second moment."""
     eps: float = 1e-8
     """Number added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled decay of bases and shared parameters; the logits have none."""
+    """Decoupled weight decay of bases and shared parameters; the logits have none."""
     warmup_steps: int = 0
-    """Steps over which the learning rates rise from 0."""
+    """Number of steps over which the learning rates rise from 0."""
     lr_schedule: str = "constant"
     """Schedule of all learning rates: constant, or cosine, which falls to 0 at the last step."""
     max_grad_norm: float = 1.0
     """Norm of the gradient above which it is scaled down; 0 for never."""
     ema_decay: float = 0.9999
-    """Decay of the averaged weights, which sampling uses."""
+    """Decay rate of the averaged weights, which sampling uses."""
     ema_warmup: bool = True
     """Let the average start fast: its decay is at most (1 + step) / (10 + step)."""
 
@@ -84,8 +84,8 @@ def adamw(experts: Experts, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return the optimizer of a remixed network, with moments of zero.
 
     Args:
-        experts: Of the network; its parameters may be sharded.
-        config: Rates and decays.
+        experts: Experts of the network, whose parameters may be sharded.
+        config: Learning rates and decay rates.
     """
     bases = list(experts.bases().values())
     mixed = {id(parameter) for parameter in bases}
@@ -133,16 +133,16 @@ def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) ->
 
     Args:
         weights: Bases and shared parameters; they alone decide the norm.
-        logits: Are scaled like the weights.
-        limit: 0 for no limit.
+        logits: Table that is scaled like the weights.
+        limit: Largest norm; 0 for no limit.
 
     Returns:
-        The norm before clipping, a scalar that nothing has waited for.
+        The norm before clipping, a scalar, without synchronising with the GPU.
     """
     norm = whole(get_total_norm([p.grad for p in weights if p.grad is not None], foreach=True))
     every = [parameter for parameter in (*weights, logits) if parameter.grad is not None]
     finite = norm.isfinite()
-    if norm.device.type != "cpu" or not finite:  # on a CPU the look costs nothing
+    if norm.device.type != "cpu" or not finite:  # on a CPU there is nothing to wait for
         for parameter in every:
             grad = local(parameter.grad)  # type: ignore[arg-type]
             grad.copy_(torch.where(finite, grad, 0.0))
@@ -155,8 +155,8 @@ def gradients_of_logits(experts: Experts, strength: float) -> tuple[Tensor, Tens
     """Add the prior's gradient to that of the logits; return the norms of both.
 
     Args:
-        experts: Whose logits have their gradient of the task, clipped.
-        strength: gamma, the weight of the prior.
+        experts: Experts whose logits have the gradient of the task, clipped.
+        strength: Weight of the prior, gamma.
 
     Returns:
         The norms of the task's and of the prior's gradient, scalars.

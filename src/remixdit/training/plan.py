@@ -1,10 +1,11 @@
-"""What a step does with each image, a pure function of (seed, step, image).
+"""The interval, timestep, noise and label of each image: a function of (seed, step, image).
 
 Image i of the batch of all processes belongs to group i mod M, so that every process holds some
-images of every expert. A process draws for its own images only: none works in proportion to the
-batch of all.
+images of every expert. A process draws for its own images only, so its work
+does not grow with the batch of all processes.
 
-Shapes: B = batch_size over all processes, b images of this one, M experts of a step, C H W latents.
+Shapes: B = batch_size over all processes, b images of one process, M experts of a step, C H W
+latents.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ TIMESTEPS, LABELS, NOISE = 11, 12, 13  # keep the draws of one image of one step
 
 
 class StepPlan(NamedTuple):
-    """Which intervals a step trains, the same for all processes."""
+    """The intervals that a step trains, the same for all processes."""
 
     step: int
     """Number of the step, in [0, steps)."""
@@ -39,28 +40,28 @@ class Inputs(NamedTuple):
 
     plan: StepPlan
     latents: Tensor
-    """(b, C, H, W) clean."""
+    """(b, C, H, W) clean latents."""
     noise: Tensor
-    """(b, C, H, W)."""
+    """(b, C, H, W) noise."""
     timesteps: Tensor
-    """(b,) int64 in [0, T), or float32 in [0, 1]."""
+    """(b,) timesteps: int64 in [0, T), or float32 in [0, 1]."""
     class_labels: Tensor
-    """(b,) int64, some dropped."""
+    """(b,) int64 labels, of which some are the null label."""
     weights: Tensor
-    """(b,) in the loss."""
+    """(b,) weight of each image in the loss."""
     strata: Tensor
-    """(b,) the interval of each timestep."""
+    """(b,) interval of each timestep, on the CPU."""
 
     def rows(self, start: int, stop: int) -> "Inputs":
-        """Return some of the images, neighbours."""
+        """Return the images in [start, stop)."""
         return Inputs(self.plan, *(values[start:stop] for values in self[1:]))
 
     def pinned(self) -> "Inputs":
-        """Return the inputs in pinned memory, from which copies to a GPU run beside its work."""
+        """Return the inputs in pinned memory, from which copies to a GPU overlap with its work."""
         return Inputs(self.plan, *(values.pin_memory() for values in self[1:]))
 
     def to(self, device: torch.device) -> "Inputs":
-        """Bring all but the strata, which routing wants on the CPU, to a device."""
+        """Return the inputs on a device, but for the strata, which routing needs on the CPU."""
         moved = {
             name: values.to(device, non_blocking=True)
             for name, values in self._asdict().items()
@@ -71,12 +72,12 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Planner:
-    """Draws whatever is random in a step.
+    """Draws all random parts of a step.
 
     Args:
-        intervals: Those of the experts, or the strata of a plain network.
-        count: M, how many of them every batch is spread over.
-        batch_size: B, at least M.
+        intervals: Intervals of the experts, or strata of a plain network.
+        count: Number of intervals over which every batch is spread, M.
+        batch_size: Images over all processes, B; at least M.
         seed: Seed of the run.
         num_classes: The null label.
         label_dropout: Share of the labels that become the null label.
@@ -89,7 +90,7 @@ class Planner:
     num_classes: int
     label_dropout: float
     only: int | None = None
-    """The one interval of all images, which then is M = 1."""
+    """The one interval of all images, with M = 1; None for all intervals."""
 
     def plan(self, step: int) -> StepPlan:
         """Draw the intervals of a step."""
@@ -107,7 +108,7 @@ class Planner:
         return [each + (group < more) for group in range(self.count)]
 
     def inputs(self, step: int, batch: Batch) -> Inputs:
-        """Draw what a step needs beside the images, for the images of this process."""
+        """Draw all that a step needs beside the images, for the images of this process."""
         plan = self.plan(step)
         groups = batch.positions % self.count
         order = groups.argsort(stable=True)

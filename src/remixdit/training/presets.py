@@ -1,7 +1,7 @@
 """Named training runs.
 
-Each is a set of changes to the defaults of `TrainConfig`, with the number that it yields. The
-numbers of the paper (arXiv 2412.05628) are FID on ImageNet 256x256 with guidance 1.5; a number
+Each is a set of changes to the defaults of `TrainConfig`, with its result. The
+numbers of the paper (arXiv:2412.05628) are FID on ImageNet 256x256 with guidance 1.5; a number
 counts as measured only if this package produced it.
 """
 
@@ -23,9 +23,9 @@ class Preset:
     """A named training run."""
 
     summary: str
-    """What it is, in one line."""
+    """Summary in one line."""
     result: str
-    """What it yields."""
+    """Result, measured or published."""
     settings: Mapping[str, Any]
     """Fields of `TrainConfig` other than its defaults."""
 
@@ -108,7 +108,7 @@ PRESETS = {
         },
     ),
     "pixels-16": Preset(
-        "fine-tune it (--from) into K = 4, N = 20, all experts every step",
+        "fine-tune pixels-16-plain (--from) into K = 4, N = 20, all experts every step",
         "CIFAR-10: loss 0.04864 -> 0.04719; continued 0.04844, stratified 0.04769",
         {
             "network": SMALL,
@@ -174,9 +174,9 @@ def train_config(
     """Return the run of a preset.
 
     Args:
-        name: Of the preset.
+        name: Name of the preset.
         data: Shards or images.
-        output_dir: The run's directory.
+        output_dir: Directory of the run.
         changes: Other fields of `TrainConfig`.
     """
     settings = {**preset(name).settings, **changes}

@@ -1,6 +1,6 @@
-"""What a run writes while it trains: metrics, curves, samples, checkpoints, the model.
+"""The files of a run in progress: metrics, curves, samples, checkpoints, the model.
 
-The first process writes. What is sharded is gathered by all, so all of them come here.
+The first process writes. All processes gather sharded tensors, so all of them call this.
 """
 
 from collections.abc import Mapping
@@ -21,22 +21,22 @@ CELL = 12  # pixels of one coefficient on TensorBoard
 
 
 def is_due(step: int, config: TrainConfig, *every: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
+    """Whether an action that is due every so many steps, and at the end, is due now."""
     return step == config.steps or any(each and step % each == 0 for each in every)
 
 
 class Recorder:
-    """Writes what is due after a step.
+    """Writes the files that are due after a step.
 
     Args:
         config: The run.
-        training: In progress.
+        training: Run in progress.
     """
 
     def __init__(self, config: TrainConfig, training: Training) -> None:
         self.config, self.training = config, training
         self.writes = training.ranks.is_first
-        # What only the first process needs costs the others nothing, unless it must be gathered.
+        # Only sharded tensors cost the other processes anything: all of them gather.
         self.joins = self.writes or training.is_sharded
         self.first_step = training.step
         self.board: Board | None = None
@@ -47,7 +47,7 @@ class Recorder:
                 self.board = Board(config.output_dir, training.step)
 
     def record(self, metrics: dict[str, Any] | None) -> None:
-        """Write what is due after a step."""
+        """Write the files that are due after a step."""
         output, step = self.config.output, self.training.step
         if metrics is not None and self.joins:
             self._write_metrics(metrics)
@@ -57,7 +57,7 @@ class Recorder:
             self._write_checkpoint()
 
     def finish(self) -> None:
-        """Write the finished model, when the last checkpoint is whole."""
+        """Write the finished model, after the last checkpoint is whole."""
         self.writer.wait()
         training = self.training
         if not self.joins:
@@ -71,7 +71,7 @@ class Recorder:
             )
 
     def close(self) -> None:
-        """End what runs beside the training, and say what went wrong there."""
+        """End the writer's thread, and raise an error that happened there."""
         if self.board:
             self.board.close()
         self.writer.close()
@@ -119,7 +119,7 @@ class Board:
         self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Write the numbers of one line of metrics; lists get one curve an interval."""
+        """Write one line of metrics; a list becomes one curve for each interval."""
         for name, value in row.items():
             if isinstance(value, list):
                 for i, part in enumerate(value):
@@ -129,9 +129,9 @@ class Board:
                 self._scalar(name, value, row["step"])
 
     def add_coefficients(self, coefficients: np.ndarray, step: int) -> None:
-        """Show (L, N, K) coefficients, a row a basis and a column an expert, white for 1.
+        """Show (L, N, K) coefficients: a row for each basis, a column for each expert, white for 1.
 
-        Plain pixels: to draw a figure takes as long as many steps of a small network.
+        Plain pixels: drawing a figure takes as long as many steps of a small network.
         """
         tables = coefficients.clip(0, 1).transpose(0, 2, 1)  # (L, K, N)
         cells = (255 * np.concatenate(list(tables))).astype(np.uint8)
@@ -143,7 +143,7 @@ class Board:
         self.writer.add_image("samples", grid, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Write all pending events."""
         self.writer.close()
 
     def _scalar(self, name: str, value: float, step: int) -> None:

@@ -1,6 +1,6 @@
-"""The directory of a training run: its configuration, its log, what may change on resume.
+"""The directory of a training run: its configuration, its log, and the check on resume.
 
-config.json     what was asked for, and which data it was
+config.json     the settings, and the digest of the data
 metrics.jsonl   one JSON object a line; `step` is the number of optimizer steps done
 """
 
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 DATA_DIR = "data"  # where a run keeps what it encoded
-PLACES = {"data", "init_from"}  # settings that are compared by where they lead
+PLACES = {"data", "init_from"}  # settings that are compared as resolved paths
 
 
 def check_run(directory: Path, settings: Mapping[str, Any], may_change: set[str]) -> None:
-    """Refuse a directory that a run cannot use; writes nothing.
+    """Refuse a directory that a run cannot use, without writing anything.
 
     Args:
         directory: New, empty, with nothing but encoded data, or holding a run.
-        settings: JSON values, nested, of the run to come.
-        may_change: Names of settings that a resumed run may have otherwise.
+        settings: Settings of the new run, nested JSON values.
+        may_change: Names of settings that may differ in a resumed run.
 
     Raises:
         ValueError: the directory holds something else, or a run of other settings or damaged.
@@ -64,7 +64,7 @@ def claim_run(directory: Path, settings: Mapping[str, Any]) -> None:
 def refuse_changes(
     directory: Path, before: Mapping[str, Any], now: Mapping[str, Any], may_change: set[str]
 ) -> None:
-    """Refuse to go on with a run under other settings, naming each."""
+    """Refuse to resume a run under other settings, naming each."""
     old, new = flat(before), flat(now)
     changed = [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
@@ -82,20 +82,20 @@ def refuse_changes(
 
 
 def is_same(name: str, old: Any, new: Any) -> bool:
-    """Whether a setting is what it was; a place may be spelled otherwise."""
+    """Whether a setting is unchanged; a path may be spelled in another way."""
     if name in PLACES and isinstance(old, str) and isinstance(new, str):
         return old == new or Path(old).resolve() == Path(new).resolve()
     return bool(old == new)
 
 
 def location(name: str) -> str:
-    """Return where a file or directory is, however it is spelled; other names as they are."""
+    """Return the resolved path of a file or directory that exists; other names as they are."""
     path = Path(name)
     return str(path.resolve()) if path.exists() else name
 
 
 def stated_settings(directory: Path) -> dict[str, Any] | None:
-    """Return what a run was asked for before, None for a new one."""
+    """Return the settings of an earlier run, None for a new one."""
     path = directory / "config.json"
     if not path.is_file():
         return None
@@ -103,7 +103,7 @@ def stated_settings(directory: Path) -> dict[str, Any] | None:
 
 
 def json_object(place: object, text: str) -> dict[str, Any]:
-    """Return a JSON object; name the place that was to hold one."""
+    """Return a JSON object; an error names the place that must hold one."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -131,7 +131,7 @@ def append_metrics(directory: Path, row: Mapping[str, Any]) -> None:
 
 
 def strict(value: Any) -> Any:
-    """Return a value as strict JSON has it: what is not finite is null."""
+    """Return a value for strict JSON, where numbers that are not finite are null."""
     if isinstance(value, list):
         return [strict(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -147,7 +147,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(directory: Path, step: int) -> None:
-    """Drop what `metrics.jsonl` says of steps after the checkpoint that a run resumes from."""
+    """Drop the lines of `metrics.jsonl` after the checkpoint from which a run resumes."""
     rows = [row for row in read_metrics(directory) if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_file(directory / "metrics.jsonl", lambda beside: beside.write_text(text, "utf-8"))

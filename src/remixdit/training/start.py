@@ -1,7 +1,7 @@
-"""What a training run starts with: its data, its settings, its model.
+"""The data, the settings and the model with which a training run starts.
 
-The model is new, remixed from a plain DiT, or a mixture; the data decide its size, channels and
-classes.
+The model is new, remixed from a plain DiT, or a given mixture; the data decide its input size,
+channels and classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,18 +40,18 @@ __all__ = [
 
 
 class Outline(NamedTuple):
-    """What a model needs to know of the data; known before they are encoded."""
+    """Facts about the data that a model needs; they are known before the data are encoded."""
 
     shape: tuple[int, int, int]
     """(C, H, W) of a latent."""
     class_names: tuple[str, ...]
-    """One a class; none for data without labels."""
+    """(num_classes,) names; none for data without labels."""
     autoencoder: Mapping[str, Any]
-    """Between latents and pixels."""
+    """Autoencoder between latents and pixels."""
 
 
 def outline_of(config: TrainConfig) -> Outline:
-    """Look at the data of a run, without writing anything."""
+    """Return the outline of a run's data, without writing anything."""
     shards = encoded_data(config)
     if shards is not None:
         return Outline(shards.shape, shards.class_names, shards.autoencoder)
@@ -61,23 +61,23 @@ def outline_of(config: TrainConfig) -> Outline:
 
 
 def run_settings(config: TrainConfig, model: RemixConfig) -> dict[str, Any]:
-    """Return what a run's config.json holds."""
+    """Return the contents of a run's config.json."""
     shards = encoded_data(config)
     return {
         **config.to_json(),
         "data": location(config.data),
         "init_from": location(config.init_from) if config.init_from else None,
-        # What is trained, which a model to start from may have decided.
+        # The network that is trained, which the given model may have decided.
         "network": asdict(model.network),
         "mixture": {**asdict(config.mixture), "intervals": config.interval_policy},
-        # Of the intervals that losses are logged for: experts', or a plain DiT's strata.
+        # Intervals for which losses are logged: the experts', or a plain DiT's strata.
         "boundaries": list(training_strata(model, config).boundaries),
         "data_digest": shards.digest if shards is not None else None,
     }
 
 
 def encoded_data(config: TrainConfig) -> ShardDataset | None:
-    """Return the shards of a run, None where its data are still to be encoded."""
+    """Return the shards of a run, None if its data are not encoded yet."""
     for directory in (Path(config.data), config.output_dir / DATA_DIR):
         if is_shard_dir(directory):
             return ShardDataset(directory)
@@ -85,7 +85,7 @@ def encoded_data(config: TrainConfig) -> ShardDataset | None:
 
 
 def stretched_schedules(config: TrainConfig) -> str:
-    """Return what to know of a run that goes on to another last step, "" if there is nothing."""
+    """Return a warning for a resumed run whose schedules are stretched, "" if none are."""
     stated, newest = stated_settings(config.output_dir), newest_checkpoint(config.output_dir)
     before, mixture = (stated or {}).get("steps"), config.mixture
     names = ["lr_schedule cosine"] if config.optimizer.lr_schedule == "cosine" else []
@@ -102,7 +102,7 @@ def stretched_schedules(config: TrainConfig) -> str:
 
 
 def training_strata(model: RemixConfig, config: TrainConfig) -> Intervals:
-    """Return the intervals that timesteps are drawn in: the experts', or a plain DiT's strata."""
+    """Return the intervals in which timesteps are drawn: the experts', or a plain DiT's strata."""
     intervals, strata = model.intervals(), config.objective.timestep_strata
     only = config.objective.only_interval()
     strata = only[1] if only else strata
@@ -114,12 +114,11 @@ def training_strata(model: RemixConfig, config: TrainConfig) -> Intervals:
 
 
 class Start(NamedTuple):
-    """The model that a run begins with: what it is, and where its weights come from."""
+    """The configuration and the weights of the model with which a run begins."""
 
     config: RemixConfig
     weights: Callable[[], Iterator[tuple[str, Tensor]]]
-    """Yields every weight whole, under its name on disk; one after the other, as K copies of all
-    of them may not fit."""
+    """Yields whole weights by name on disk, one at a time: K copies of all of them may not fit."""
 
     def fill(self, model: RemixDiT, device: torch.device) -> int:
         """Give a model without storage its weights, or this process's part of them.
@@ -138,7 +137,7 @@ class Start(NamedTuple):
 
 
 def give_storage(network: nn.Module, device: torch.device) -> None:
-    """Let parameters on the meta device have storage on a device, sharded or not."""
+    """Give parameters on the meta device storage on a device, sharded or not."""
     buffers = {name: buffer for name, buffer in network.named_buffers() if not buffer.is_meta}
     network.to_empty(device=device)
     for name, buffer in buffers.items():
@@ -149,7 +148,7 @@ def starting_model(config: TrainConfig, data: Outline) -> Start:
     """Return the model that a run starts with: new, remixed from a plain DiT, or given."""
     newest = newest_checkpoint(config.output_dir)
     if config.init_from and newest is not None:
-        # The checkpoint will replace what the run started from, which may be gone.
+        # The checkpoint replaces the model that the run started from, which may no longer exist.
         return Start(model_config(newest), lambda: iter(()))
     given = load_model(config.init_from) if config.init_from else None
     target = target_config(config, data, given)
@@ -234,9 +233,9 @@ def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
     """Cut the timesteps of a model's noise process into intervals.
 
     Args:
-        config: Of the model.
-        count: How many.
-        policy: "uniform", of equal width in timesteps, or "log_snr", in log-SNR.
+        config: Configuration of the model.
+        count: Number of intervals.
+        policy: Unit of equal widths: "uniform" (timesteps) or "log_snr".
     """
     process: Diffusion | Flow = noise_process(config)
     if isinstance(process, Diffusion):
@@ -249,7 +248,7 @@ def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
 
 
 def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:
-    """Return a pre-trained DiT for the data at hand: any input size, new labels if asked for."""
+    """Return a pre-trained DiT for these data: any input size, and new labels on request."""
     before = network.config
     if before.in_channels != shape.in_channels or before.learn_sigma != shape.learn_sigma:
         raise ValueError(
@@ -271,10 +270,10 @@ def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:
 
 
 def refuse_other_autoencoder(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Refuse latents that another autoencoder made than those the model was trained on.
+    """Refuse latents of another autoencoder than the one that the model was trained with.
 
-    Compared is what both state: an imported model may know no more than a name, and the same
-    weights may lie under another.
+    Only fields that both give are compared: an imported model may know no more than a name, and
+    the same weights may have another name.
     """
     for name in sorted((own.keys() & other.keys()) - {"name"}):
         if own[name] != other[name]:
@@ -287,7 +286,7 @@ def refuse_other_autoencoder(own: Mapping[str, Any], other: Mapping[str, Any]) -
 
 
 def refuse_other_mixture(given: RemixConfig, target: RemixConfig) -> None:
-    """Refuse to train a mixture under settings that are not its own."""
+    """Refuse to train a mixture under settings of another."""
     names = ("num_bases", "num_experts", "mixed", "coefficients", "per_block")
     pairs = {
         name: (getattr(given, name), getattr(target, name))

@@ -1,4 +1,4 @@
-"""One training step: forward, loss, backward, update.
+"""The gradients of one training step: forward, loss and backward pass.
 
 Shapes: b images of this process, M experts of a step, I intervals.
 """
@@ -40,7 +40,7 @@ class Window:
         self.steps += 1
 
     def means(self, masses: Tensor, batch_size: int) -> dict[str, Any]:
-        """Return the line of metrics; the one place that waits for the device."""
+        """Return a line of metrics; only this waits for the device."""
         distributed.all_reduce([self.losses])
         total, mse, count = self.losses.cpu()
         by_interval, mse_by_interval = total / count, mse / count  # NaN where nothing was drawn
@@ -73,12 +73,12 @@ def gradients(
     """Add the gradients of one process's share of a step to those of the parameters.
 
     Args:
-        model: Its noise process, experts and device.
-        network: Its network, as DDP or FSDP may have wrapped it.
-        inputs: b images sorted by group, on the CPU.
-        window: Takes in the losses.
-        micro_batch_size: Images that run at once; 0 for all.
-        precision: Of the arithmetic; parameters are float32.
+        model: Model whose noise process and experts are used.
+        network: Network of the model, wrapped by DDP or FSDP2 or not.
+        inputs: Inputs of b images sorted by group, on the CPU.
+        window: Window that accumulates the losses.
+        micro_batch_size: Number of images in one forward pass; 0 for all.
+        precision: Precision of the arithmetic; parameters are float32.
     """
     network.train()
     kind = model.device.type
@@ -101,7 +101,7 @@ def gradients(
 
 
 def micro_batches(inputs: Inputs, size: int) -> Iterator[tuple[Inputs, bool]]:
-    """Yield the images in parts of at most so many, and whether each part is the last.
+    """Yield the images in parts of at most `size`, each with whether it is the last.
 
     They stay sorted, so a part holds few experts and mixes no others.
     """
@@ -112,14 +112,14 @@ def micro_batches(inputs: Inputs, size: int) -> Iterator[tuple[Inputs, bool]]:
 
 
 def routing(model: RemixDiT, strata: Tensor) -> AbstractContextManager[None]:
-    """Tell the experts whose images these are; a plain network needs none to be told."""
+    """Route the images to their experts; a plain network needs no route."""
     return model.experts.route(strata) if model.num_experts > 1 else nullcontext()
 
 
 def gathering(network: nn.Module, is_last: bool) -> AbstractContextManager[None]:
     """Let DDP send gradients with the last micro-batch only, which needs no more memory.
 
-    FSDP sends them with each: keeping them whole would cost what it saves.
+    FSDP2 sends them with each: whole gradients would cost the memory that it saves.
     """
     if is_last or not isinstance(network, nn.parallel.DistributedDataParallel):
         return nullcontext()

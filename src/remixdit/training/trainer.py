@@ -32,9 +32,9 @@ class Training:
 
     Args:
         config: The run.
-        start: The model to begin with.
-        dataset: What it learns from.
-        ranks: Which of the processes this one is.
+        start: Model to begin with.
+        dataset: Training data.
+        ranks: Rank of this process.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Training:
         self.window = self._new_window()
 
     def _wrapped(self, network: nn.Module) -> nn.Module:
-        """Shard the network, before it has any storage, if that is asked for."""
+        """Shard the network on request, before it has any storage."""
         self.model.network.recompute = self.config.recompute
         if self.is_sharded:
             bases = list(self.model.experts.bases().values())
@@ -83,11 +83,11 @@ class Training:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether every process holds but a part of the weights."""
+        """Whether every process holds only a part of the weights."""
         return self.config.shard and self.ranks.num_ranks > 1
 
     def batches(self) -> Iterator[Inputs]:
-        """Yield the inputs of the steps to come, made ahead in the loader's thread."""
+        """Yield the inputs of the remaining steps, made ahead in the loader's thread."""
 
         def make(step: int, batch: Batch) -> Inputs:
             inputs = self.planner.inputs(step, batch)
@@ -96,7 +96,7 @@ class Training:
         return self.loader.batches(self.step, make)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Resume from the newest checkpoint, if there is one."""
         newest = newest_checkpoint(self.config.output_dir)
         if newest is not None:
             state = checkpoint.restore(newest, self.model, self.optimizer, self.average)
@@ -127,8 +127,8 @@ class Training:
         """Return a line of metrics, and begin the next.
 
         Raises:
-            ArithmeticError: loss and gradient are no longer finite; one step may fail, and is
-                left out, but this is how a run ends that has diverged.
+            ArithmeticError: Loss and gradient are no longer finite, so the run has diverged. One
+                such step alone is left out.
         """
         config = self.config
         masses = torch.tensor(self.strata.masses)
@@ -150,7 +150,7 @@ class Training:
         return row
 
     def reduced_bytes(self) -> int:
-        """Return the bytes of gradients that a process hands over in a step."""
+        """Return the bytes of gradients that a process hands over in a backward pass."""
         if self.ranks.num_ranks == 1:
             return 0
         trained = (p for p in self.model.network.parameters() if p.requires_grad)
