@@ -83,7 +83,7 @@ class MixedLayer(nn.Module):
             images = images[batch.order]
         mixed_bias = bias if "bias" in self.mixed else None
         coefficients = batch.rows(self.table)
-        # Mixing stays in float32: autocast would round coefficients and bases first.
+        # Autocast would round the coefficients, and so scale whole matrices.
         with torch.autocast(kind, enabled=False):
             outputs = MixedProduct.apply(  # type: ignore[no-untyped-call]
                 images, self.weight, mixed_bias, coefficients, batch.spans
