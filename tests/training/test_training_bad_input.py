@@ -68,7 +68,7 @@ def refused_run(given, tmp_path, capsys, options: str) -> str:
         ("--precision fp8", "precision must be fp32 or bf16, got 'fp8'"),
         ("--device tpu", "device must be auto, cpu or cuda, got 'tpu'"),
         ("--coefficients hard", "coefficients must be one of softmax, raw, one_hot, got 'hard'"),
-        ("--mixed head", "mixed must match a trainable parameter, got ['head']"),
+        ("--mixed head", "mixed must match a trainable parameter, got head; this DiT has "),
         ("--patch-size 5", "patch_size must divide input_size 16, got 5"),
         ("--lr-schedule step", "lr_schedule must be constant or cosine, got 'step'"),
     ],

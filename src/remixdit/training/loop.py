@@ -60,10 +60,11 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
     settings = run_settings(config, start.config)
     # Encoded data are identified by their digest; others, before encoding, by their path.
     unknown = "data" if settings["data_digest"] else "data_digest"
-    check_run(config.output_dir, settings, {*MAY_CHANGE, unknown})
+    defaults = TrainConfig(data="", output_dir=config.output_dir).to_json()
+    check_run(config.output_dir, settings, {*MAY_CHANGE, unknown}, defaults)
     dataset = yield from open_dataset(config, ranks)
     settings["data_digest"] = dataset.digest
-    check_run(config.output_dir, settings, {*MAY_CHANGE, "data"})
+    check_run(config.output_dir, settings, {*MAY_CHANGE, "data"}, defaults)
     if ranks.is_first and (remark := stretched_schedules(config)):
         logger.warning(remark)
     training = Training(config, start, dataset, ranks)

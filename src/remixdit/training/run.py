@@ -28,20 +28,26 @@ DATA_DIR = "data"  # where a run keeps what it encoded
 PLACES = {"data", "init_from"}  # settings that are compared as resolved paths
 
 
-def check_run(directory: Path, settings: Mapping[str, Any], may_change: set[str]) -> None:
+def check_run(
+    directory: Path,
+    settings: Mapping[str, Any],
+    may_change: set[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse a directory that a run cannot use, without writing anything.
 
     Args:
         directory: New, empty, with nothing but encoded data, or holding a run.
         settings: Settings of the new run, nested JSON values.
         may_change: Names of settings that may differ in a resumed run.
+        defaults: JSON values of the settings that an earlier run may not state.
 
     Raises:
         ValueError: the directory holds something else, or a run of other settings or damaged.
     """
     stated = stated_settings(directory)
     if stated is not None:
-        refuse_changes(directory, stated, settings, may_change)
+        refuse_changes(directory, {**flat(defaults or {}), **flat(stated)}, settings, may_change)
         read_metrics(directory)
     elif directory.is_dir() and {entry.name for entry in directory.iterdir()} - {DATA_DIR}:
         raise ValueError(f"output_dir must be empty or hold a run, got {directory}")

@@ -152,6 +152,7 @@ def starting_model(config: TrainConfig, data: Outline) -> Start:
         return Start(model_config(newest), lambda: iter(()))
     given = load_model(config.init_from) if config.init_from else None
     target = target_config(config, data, given)
+    RemixDiT.empty(target)  # refuses what cannot be mixed, before anything is written
     if given is not None:
         refuse_other_autoencoder(given.config.autoencoder, data.autoencoder)
     if given is not None and given.num_experts > 1:
