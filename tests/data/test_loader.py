@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from remixdit.data import EncodeConfig, Loader, ShardDataset, encode, open_source
+from remixdit.data import Batch, EncodeConfig, Loader, ShardDataset, encode, open_source
 from remixdit.data.order import permuted
+
+
+def only_the_batch(step: int, batch: Batch) -> Batch:
+    """Make nothing more of a batch."""
+    return batch
 
 
 def make_shards(directory: Path, num_images: int = 23, **settings) -> ShardDataset:
@@ -74,7 +79,7 @@ def test_the_stream_runs_through_whole_epochs(dataset):
 
 
 def test_a_batch_does_not_depend_on_what_was_read_before(dataset):
-    batches = Loader(dataset, 4, seed=3, mirror=True).batches(first_step=0)
+    batches = Loader(dataset, 4, seed=3, mirror=True).batches(0, only_the_batch)
     unbroken = [batch.latents for batch in itertools.islice(batches, 9)]
     batches.close()
     resumed = Loader(ShardDataset(dataset.directory), 4, seed=3, mirror=True).batches(first_step=6)
@@ -144,4 +149,4 @@ def test_a_wrong_batch_size_is_refused(dataset, arguments, message):
 def test_an_error_in_a_thread_reaches_the_caller(dataset):
     (dataset.directory / "latents-00002.npy").unlink()
     with pytest.raises(ValueError, match=r"shard .*latents-00002.npy cannot be read"):
-        list(itertools.islice(Loader(dataset, 4).batches(), 6))
+        list(itertools.islice(Loader(dataset, 4).batches(0, only_the_batch), 6))

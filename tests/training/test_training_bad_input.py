@@ -68,13 +68,18 @@ def refused_run(given, tmp_path, capsys, options: str) -> str:
         ("--precision fp8", "precision must be fp32 or bf16, got 'fp8'"),
         ("--device tpu", "device must be auto, cpu or cuda, got 'tpu'"),
         ("--coefficients hard", "coefficients must be one of softmax, raw, one_hot, got 'hard'"),
-        ("--mixed head", "mixed must match a trainable parameter, got head; this DiT has "),
         ("--patch-size 5", "patch_size must divide input_size 16, got 5"),
         ("--lr-schedule step", "lr_schedule must be constant or cosine, got 'step'"),
     ],
 )
 def test_wrong_field_is_named_with_rule_and_value(options, sentence, given, tmp_path, capsys):
     assert refused_run(given, tmp_path, capsys, options) == sentence
+
+
+def test_a_pattern_that_matches_nothing_is_told_what_there_is(given, tmp_path, capsys):
+    message = refused_run(given, tmp_path, capsys, "--mixed head")
+    assert message.startswith("mixed must match a trainable parameter, got head; this DiT has ")
+    assert "blocks.*.attn.qkv.weight" in message
 
 
 def test_unknown_preset_is_named_beside_those_there_are(given, tmp_path, capsys):
