@@ -82,7 +82,9 @@ def test_a_batch_does_not_depend_on_what_was_read_before(dataset):
     batches = Loader(dataset, 4, seed=3, mirror=True).batches(0, only_the_batch)
     unbroken = [batch.latents for batch in itertools.islice(batches, 9)]
     batches.close()
-    resumed = Loader(ShardDataset(dataset.directory), 4, seed=3, mirror=True).batches(first_step=6)
+    resumed = Loader(ShardDataset(dataset.directory), 4, seed=3, mirror=True).batches(
+        6, only_the_batch
+    )
     for expected in unbroken[6:]:
         assert torch.equal(next(resumed).latents, expected)
     resumed.close()

@@ -62,14 +62,13 @@ def test_two_processes_train_as_one_does(name, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_any_number_of_processes_trains_as_one_does(name, num_processes, train, tmp_path):
-    assert_processes_change_nothing(f"{train} {RUNS[name]}", num_processes, tmp_path)
+@pytest.mark.parametrize("name", ["two experts a step", "one-hot"])
+def test_four_processes_train_as_one_does(name, train, tmp_path):
+    assert_processes_change_nothing(f"{train} {RUNS[name]}", 4, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "--shard", "--micro-batch-size 3"])
+@pytest.mark.parametrize("options", ["", "--shard --micro-batch-size 3"])
 def test_bfloat16_arithmetic_gives_the_same_to_rounding(options, train, tmp_path):
     line = f"{train} --precision bf16 --mixed all --output-dir {tmp_path}"
     remixdit(f"{line}/one")
@@ -78,7 +77,7 @@ def test_bfloat16_arithmetic_gives_the_same_to_rounding(options, train, tmp_path
     np.testing.assert_allclose(two, one, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["plain", *(slow(n) for n in RUNS if n != "plain")])
+@pytest.mark.parametrize("name", ["all experts a step", slow("one expert a step"), slow("raw")])
 def test_two_sharded_processes_train_as_one_does(name, train, tmp_path):
     line = f"{train} {RUNS[name]} --output-dir {tmp_path}"
     remixdit(f"{line}/one")
@@ -87,9 +86,7 @@ def test_two_sharded_processes_train_as_one_does(name, train, tmp_path):
     assert files_below(tmp_path / "one") == files_below(tmp_path / "two")
 
 
-@pytest.mark.parametrize(
-    "name", ["all experts in micro-batches", slow("one expert a step"), slow("one-hot")]
-)
+@pytest.mark.parametrize("name", ["all experts in micro-batches"])
 def test_two_groups_of_two_processes_train_as_one_does(name, train, tmp_path):
     line = f"{train} {RUNS[name]} --output-dir {tmp_path}"
     remixdit(f"{line}/one")
@@ -109,18 +106,13 @@ def test_compiled_processes_train_as_one_does(options, train, tmp_path):
 
 # (processes, options) of the first and of the second half of a run
 HALVES = [
-    ((2, ""), (1, "")),
     ((2, "--shard"), (1, "")),
     *(
         slow(halves)
         for halves in (
-            ((1, ""), (2, "")),
-            ((2, ""), (2, "")),
             ((1, ""), (2, "--shard")),
             ((2, "--shard"), (2, "--shard")),
-            ((2, ""), (3, "--shard")),
-            ((4, "--shard --shard-size 2"), (2, "--shard")),
-            ((4, "--shard --shard-size 2"), (4, "")),
+            ((4, "--shard --shard-size 2"), (2, "")),
         )
     ),
 ]

@@ -105,4 +105,4 @@ def mixed_at_once(model: RemixDiT, config: TrainConfig, images: int) -> int:
 
 def mixed_bytes(precision: str) -> int:
     """Return the bytes for each number of the mixed weights of a layer, when they are most."""
-    return 6 if precision == "bf16" else 8  # 2 of the gradient and 4 of its float32; two of 4
+    return 6 if precision == "bf16" else 4  # 2 of the gradient and 4 of its float32; or 4
