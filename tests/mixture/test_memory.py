@@ -51,7 +51,7 @@ from remixdit import DiT, DiTConfig, remix
 from remixdit.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
 
 torch.manual_seed(0)
-network = DiT(DiTConfig(input_size=8, hidden_size=768, depth=6, num_heads=4))
+network = DiT(DiTConfig(input_size=8, hidden_size=384, depth=6, num_heads=4))
 experts = remix(network, 4, 20)
 images = [n for n in range(20) for _ in range(1)] if sys.argv[1] == "20" else [7] * 20
 inputs = torch.randn(20, 4, 8, 8), torch.arange(20), torch.arange(20)
@@ -68,7 +68,7 @@ step()
 before = resident_bytes()
 reset_peak_resident()
 step()
-layer = 4 * 4 * 768 * 768  # bytes of the weights of the largest mixed layer
+layer = 4 * 4 * 384 * 384  # bytes of the weights of the largest mixed layer
 print((peak_resident_bytes() - before) / layer)
 """
 

@@ -88,8 +88,8 @@ def mixed_at_once(model: RemixDiT, config: TrainConfig, images: int) -> int:
     """Return the bytes of mixed weights, and of their gradients, that exist at once.
 
     The layer with the most decides: a linear has all experts of a micro-batch, another layer one
-    expert at a time. The peak is in the backward pass. A float32 gradient exists twice while those
-    of all experts are concatenated; a bfloat16 one is converted to float32.
+    expert at a time. Weights or their gradients exist, not both; a bfloat16 gradient is converted
+    to float32 beside itself. Where M does not divide the batch, gradients are copied once more.
     """
     if not model.experts.is_mixing:
         return 0
