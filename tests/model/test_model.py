@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import threading
 
 import pytest
 import torch
@@ -155,3 +157,78 @@ def test_directories_that_are_no_models_are_refused(tmp_path):
 def test_configurations_that_do_not_fit_together_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         RemixConfig(network=tiny_config(), num_bases=2, num_experts=7, **fields)
+
+
+def test_experts_trained_apart_are_put_together():
+    networks = [tiny_dit(seed) for seed in range(3)]
+    model = RemixDiT.from_experts(networks, (0, 100, 500, 1000))
+    latents, _, class_labels = batch(networks[0])
+    timesteps = torch.tensor([0, 99, 100, 499, 500, 999])
+    output = model.denoise(latents, timesteps, class_labels)
+    for row, owner in enumerate([0, 0, 1, 1, 2, 2]):
+        rows = slice(row, row + 1)
+        with torch.no_grad():
+            expected = networks[owner](latents[rows], timesteps[rows], class_labels[rows])
+        torch.testing.assert_close(output[rows], expected, rtol=1e-4, atol=1e-5)
+    assert not model.experts.logits.requires_grad
+    with pytest.raises(ValueError, match="networks must be of one shape, got 2 different ones"):
+        RemixDiT.from_experts([tiny_dit(), tiny_dit(depth=1)])
+    with pytest.raises(ValueError, match="networks must hold at least one expert"):
+        RemixDiT.from_experts([])
+
+
+def test_forward_is_what_denoise_computes_and_has_gradients():
+    model = tiny_model()
+    latents, timesteps, class_labels = batch(model.network, 9)
+    output = model(latents, timesteps, class_labels)
+    expected = model.denoise(latents, timesteps, class_labels)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    torch.autograd.backward(output.square().mean())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_any_optimizer_trains_a_model_and_denoise_follows():
+    model = tiny_model()
+    inputs = batch(model.network)
+    before = model.denoise(*inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.autograd.backward(model(*inputs).square().mean())
+    optimizer.step()
+    after = model.denoise(*inputs)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, model(*inputs).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pickled_model_has_the_weights_of_now():
+    model = tiny_model()
+    inputs = batch(model.network)
+    model.denoise(*inputs)  # the plain network of sampling is not pickled
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.denoise(*inputs), model.denoise(*inputs))
+
+
+def test_threads_may_share_a_model():
+    model = tiny_model()
+    latents, _, class_labels = batch(model.network)
+    expected = [
+        model.denoise(latents, torch.full((6,), timestep), class_labels)
+        for timestep in range(0, 1000, 50)
+    ]
+    wrong = []
+
+    def work(start: int) -> None:
+        for i in range(40):
+            place = (start + i) % len(expected)
+            found = model.denoise(latents, torch.full((6,), 50 * place), class_labels)
+            if not torch.equal(found, expected[place]):
+                wrong.append(place)
+
+    threads = [threading.Thread(target=work, args=(7 * n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

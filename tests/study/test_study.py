@@ -11,8 +11,9 @@ from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
 from remixdit.model.loading import load_model
+from remixdit.study.config import StudyConfig
 from remixdit.study.report import paired, result_table, those_of
-from remixdit.study.study import Cell, StudyConfig, cells_of, common_run, study
+from remixdit.study.study import Cell, cells_of, common_run, study
 from remixdit.study.variants import (
     STUDIES,
     VARIANTS,

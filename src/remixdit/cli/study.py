@@ -10,7 +10,8 @@ from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.terminal import Bar, say
-from remixdit.study.study import StudyConfig, study
+from remixdit.study.config import StudyConfig
+from remixdit.study.study import study
 from remixdit.study.variants import STUDIES, VARIANTS
 
 __all__ = ["run"]

@@ -65,7 +65,7 @@ def remix(
     names = chosen_names(network, patterns_of(mixed))
     num_tables = max((block_of(name) for name in names), default=-1) + 2 if per_block else 0
     experts = Experts(network, num_bases, num_experts, coefficients, num_tables, symmetry)
-    stacked: dict[int, nn.Parameter] = {}
+    stacked: dict[int, nn.Parameter] = {}  # bases by the parameter that they are copies of
     for name, layer in owners(network, names):
         own = {n: p for n, p in layer.named_parameters() if f"{name}.{n}" in names}
         bases = {n: stacked.setdefault(id(p), copies(p, num_bases)) for n, p in own.items()}
