@@ -56,19 +56,19 @@ def assert_processes_change_nothing(line: str, num_processes: int, directory: Pa
     assert_close_runs(directory / "one", directory / "several")
 
 
-@pytest.mark.parametrize("name", ["one expert a step", "all experts a step", "plain"])
+@pytest.mark.parametrize("name", ["one expert a step", "plain"])
 def test_two_processes_train_as_one_does(name, train, tmp_path):
     assert_processes_change_nothing(f"{train} {RUNS[name]}", 2, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["two experts a step", "one-hot"])
+@pytest.mark.parametrize("name", ["two experts a step"])
 def test_four_processes_train_as_one_does(name, train, tmp_path):
     assert_processes_change_nothing(f"{train} {RUNS[name]}", 4, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "--shard --micro-batch-size 3"])
+@pytest.mark.parametrize("options", ["--shard --micro-batch-size 3"])
 def test_bfloat16_arithmetic_gives_the_same_to_rounding(options, train, tmp_path):
     line = f"{train} --precision bf16 --mixed all --output-dir {tmp_path}"
     remixdit(f"{line}/one")
@@ -77,7 +77,7 @@ def test_bfloat16_arithmetic_gives_the_same_to_rounding(options, train, tmp_path
     np.testing.assert_allclose(two, one, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["all experts a step", slow("one expert a step"), slow("raw")])
+@pytest.mark.parametrize("name", ["all experts a step"])
 def test_two_sharded_processes_train_as_one_does(name, train, tmp_path):
     line = f"{train} {RUNS[name]} --output-dir {tmp_path}"
     remixdit(f"{line}/one")
@@ -95,7 +95,8 @@ def test_two_groups_of_two_processes_train_as_one_does(name, train, tmp_path):
     assert files_below(tmp_path / "one") == files_below(tmp_path / "four")
 
 
-@pytest.mark.parametrize("options", ["", slow("--shard")])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--shard"])
 def test_compiled_processes_train_as_one_does(options, train, tmp_path):
     line = f"{train} --experts-per-step 2 --recompute --output-dir {tmp_path}"
     remixdit(f"{line}/one")
@@ -107,14 +108,7 @@ def test_compiled_processes_train_as_one_does(options, train, tmp_path):
 # (processes, options) of the first and of the second half of a run
 HALVES = [
     ((2, "--shard"), (1, "")),
-    *(
-        slow(halves)
-        for halves in (
-            ((1, ""), (2, "--shard")),
-            ((2, "--shard"), (2, "--shard")),
-            ((4, "--shard --shard-size 2"), (2, "")),
-        )
-    ),
+    slow(((4, "--shard --shard-size 2"), (2, ""))),
 ]
 
 
@@ -210,7 +204,7 @@ distributed.stop()
 """
 
 
-@pytest.mark.parametrize("name", ["step", slow("weights")])
+@pytest.mark.parametrize("name", ["weights"])
 def test_processes_that_differ_do_not_begin(name, tmp_path):
     (tmp_path / "script.py").write_text(AGREE.format(name=name))
     start = "-m torch.distributed.run --standalone --nproc-per-node 2"
@@ -300,7 +294,7 @@ def wait_for_checkpoint(run: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [1])
 def test_a_killed_process_ends_the_run_and_the_next_start_goes_on(rank, train, tmp_path):
     run = tmp_path / "run"
     process = start_long_run(train, run)
@@ -322,7 +316,7 @@ def test_a_process_that_hangs_ends_the_run(train, tmp_path, monkeypatch):
     os.kill(worker_pids(process.pid)[1], signal.SIGSTOP)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert "remixdit: error: " in errors
+    assert "remixdit: error: another process no longer answers" in errors, errors
 
 
 def start_host(line: str, port: int) -> "subprocess.Popen[str]":
@@ -350,7 +344,7 @@ def test_two_hosts_train_as_one_process_does(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0])
 def test_a_lost_host_ends_the_run(lost, train, tmp_path):
     port, run = free_port(), tmp_path / "run"
     options = f"--steps 100000 --save-every 1 --output-dir {run}"

@@ -85,7 +85,7 @@ class Switch:
 
     @torch.no_grad()
     def _write(self, expert: int, ready: list[Tensor | None], shared: bool) -> None:
-        rows = self.experts.coefficients(expert)  # (L, K)
+        rows = self._coefficients()[:, expert]  # (L, K)
         for (parameter, source, table), kept in zip(self.pairs, ready, strict=True):
             if kept is not None:
                 parameter.data = kept[expert]
@@ -93,6 +93,10 @@ class Switch:
                 parameter.data = self._mixed(source, rows[table], parameter.dtype)
             elif shared:
                 parameter.data = whole(source.detach()).to(parameter.dtype)  # itself, if it can
+
+    def _coefficients(self) -> Tensor:
+        """Return (L, N, K), of logits that may be sharded."""
+        return self.experts.coefficients(logits=whole(self.experts.logits.detach()))
 
     def _mixed(self, bases: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a parameter (*) of one expert."""
@@ -110,7 +114,7 @@ class Switch:
         if self._ready_for == versions:
             return
         self._ready = [None] * len(self.pairs)
-        rows = self.experts.coefficients()  # (L, N, K)
+        rows = self._coefficients()
         for i, (parameter, source, table) in enumerate(self.pairs):
             if table is not None and self.experts.kind != "one_hot":
                 parts = [self._mixed(source, row, parameter.dtype) for row in rows[table]]
