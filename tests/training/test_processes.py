@@ -101,8 +101,9 @@ def test_compiled_processes_train_as_one_does(options, train, tmp_path):
     line = f"{train} --experts-per-step 2 --recompute --output-dir {tmp_path}"
     remixdit(f"{line}/one")
     launch(f"{line}/two --compile {options}", limit=280)
-    # A compiler orders sums in its own way.
-    assert_close_runs(tmp_path / "one", tmp_path / "two", rtol=1e-3)
+    # A compiler orders sums in its own way, and Adam makes full steps of gradients near zero.
+    one, two = ([row["loss"] for row in read_metrics(tmp_path / run)] for run in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 # (processes, options) of the first and of the second half of a run
