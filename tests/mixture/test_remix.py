@@ -443,6 +443,16 @@ def test_what_cannot_be_mixed_is_refused_by_name(network, mixed, message):
     assert not hasattr(network, "experts")
 
 
+def test_a_network_that_is_refused_is_left_as_it_was():
+    """The first layer can be mixed, the second cannot."""
+    network = nn.Sequential(nn.Linear(4, 4), Scaled())
+    with pytest.raises(ValueError, match=r"got 1\.scale of 1"):
+        remix(network, 2, 4, mixed="all")
+    assert type(network[0]) is nn.Linear
+    assert not network._forward_pre_hooks
+    assert network[0](torch.zeros(1, 4)).shape == (1, 4)
+
+
 def test_a_network_is_remixed_once():
     network = tiny_dit()
     remix(network, 2, 4)

@@ -42,11 +42,11 @@ class Timing(NamedTuple):
 
     name: str
     seconds: tuple[float, ...]
-    """Of each step."""
+    """Seconds of each step."""
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median seconds of a step."""
         return median(self.seconds)
 
     def to_json(self) -> dict[str, Any]:

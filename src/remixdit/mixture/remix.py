@@ -63,17 +63,27 @@ def remix(
     if hasattr(network, "experts"):
         raise ValueError("network must not have experts of its own, such as of an earlier remix")
     names = chosen_names(network, patterns_of(mixed))
-    num_tables = max((block_of(name) for name in names), default=-1) + 2 if per_block else 0
+    layers = list(owners(network, names))  # refuses before anything is changed
+    num_tables = max(block_of(name) for name in names) + 2 if per_block else 0
     experts = Experts(network, num_bases, num_experts, coefficients, num_tables, symmetry)
-    stacked: dict[int, nn.Parameter] = {}  # bases by the parameter that they are copies of
-    for name, layer in owners(network, names):
-        own = {n: p for n, p in layer.named_parameters() if f"{name}.{n}" in names}
-        bases = {n: stacked.setdefault(id(p), copies(p, num_bases)) for n, p in own.items()}
-        table = block_of(name + ".") % (num_tables or 1)  # -1 is the last
-        replace(network, layer, MixedLayer(layer, bases, experts, table))
-        experts.mixed[name] = tuple(own)
+    stack(layers, names, experts)
     network.experts = experts
     return experts
+
+
+def stack(layers: Sequence[tuple[str, nn.Module]], names: set[str], experts: Experts) -> None:
+    """Put mixed layers in the place of the given ones; what is tied stays tied."""
+    num_tables = len(experts.logits) if experts.per_block else 1
+    stacked: dict[int, nn.Parameter] = {}  # bases by the parameter that they are copies of
+    for name, layer in layers:
+        own = {n: p for n, p in layer.named_parameters() if f"{name}.{n}" in names}
+        for parameter in own.values():
+            if id(parameter) not in stacked:
+                stacked[id(parameter)] = copies(parameter, experts.num_bases)
+        bases = {n: stacked[id(parameter)] for n, parameter in own.items()}
+        table = block_of(name + ".") % num_tables  # -1 is the last
+        replace(experts.network, layer, MixedLayer(layer, bases, experts, table))
+        experts.mixed[name] = tuple(own)
 
 
 def copies(parameter: nn.Parameter, num_bases: int) -> nn.Parameter:
