@@ -41,7 +41,8 @@ def counted(model: RemixDiT, size: int, precision: torch.dtype) -> list[Counted]
         size: G.
         precision: Precision of the arithmetic.
     """
-    bases = model.experts.bases() if model.experts.is_mixing else {}
+    is_mixing = model.experts.is_mixing and not model.config.rank  # low-rank bases never are
+    bases = model.experts.bases() if is_mixing else {}
     stacked = {id(parameter) for parameter in model.experts.bases().values()}
     exact = (*model.network.float32_modules, "experts")
     return [
@@ -97,7 +98,8 @@ def mixed_at_once(model: RemixDiT, config: TrainConfig, images: int) -> int:
     largest = 0
     for name in model.experts.mixed:
         layer = model.network.get_submodule(name)
-        assert isinstance(layer, MixedLayer)
+        if not isinstance(layer, MixedLayer):
+            continue  # low-rank bases are applied one after the other, not mixed
         numbers = sum(layer.get_parameter(own).numel() for own in layer.mixed)
         largest = max(largest, numbers // model.num_bases * (experts if layer.is_linear else 1))
     return largest * mixed_bytes(config.precision)

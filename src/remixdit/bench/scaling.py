@@ -143,6 +143,7 @@ def outline(config: TrainConfig) -> RemixDiT:
             mixed=mixture.mixed,
             coefficients=mixture.coefficients,
             per_block=mixture.per_block,
+            rank=mixture.rank,
         )
     )
 
@@ -167,7 +168,7 @@ def memory(
     return {
         "parameters": own + buffers,
         "moments": 2 * gradients + FLOAT * len(trained),  # AdamW counts the steps of each
-        "average": own,
+        "average": gradients,
         "gradients": gradients,
         "gathered": gathered_at_once(parameters) if size > 1 else 0,
         "mixed": mixed_at_once(model, config, images),
@@ -213,7 +214,6 @@ def moved(
     plain = sum(p.numbers for p in parameters if p.is_trained and not p.is_mixed)
     cast = sum(p.numbers for p in parameters if p.is_cast)
     own = FLOAT * sum(p.own for p in parameters if p.is_trained)
-    every = FLOAT * sum(p.own for p in parameters)
     runs = 3 if config.recompute else 2  # forward, perhaps again, and in the backward pass
     rounds = {
         "mixing": runs * sum(mixing_bytes(bases, expert, count, width) for count in batches),
@@ -225,7 +225,7 @@ def moved(
         # Read for the norm; zeros in place of what is not finite (4); scaled (2).
         "clipping": 7 * own,
         "update": 7 * own,  # gradient read; parameter and two moments read and written
-        "average": 3 * every,
+        "average": 3 * own,
     }
     if size > 1:  # each gather is copied out of its buffer, each gradient into one
         copies = 2 * gathered_bytes(parameters) + 2 * FLOAT * (bases + plain)

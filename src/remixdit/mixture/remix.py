@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from remixdit.mixture.coefficients import KINDS, check_counts
 from remixdit.mixture.experts import Experts
-from remixdit.mixture.layers import MixedLayer
+from remixdit.mixture.layers import MixedLayer, is_plain_linear
+from remixdit.mixture.low_rank import LowRankLinear, initial_pair
 from remixdit.mixture.names import block_of, kinds_of, matches, patterns_of, tied_names
 
 __all__ = ["remix"]
@@ -24,7 +25,7 @@ __all__ = ["remix"]
 WHOLE = (nn.MultiheadAttention,)
 
 
-def remix(
+def remix(  # noqa: PLR0913
     network: nn.Module,
     num_bases: int,
     num_experts: int,
@@ -33,11 +34,15 @@ def remix(
     coefficients: str = "softmax",
     per_block: bool = False,
     symmetry: float = 8.0,
+    rank: int = 0,
 ) -> Experts:
     """Give a network N experts, mixed from K bases that start as copies of its weights.
 
     Linears run all experts of a batch in one product, other layers expert by expert. Frozen
     parameters and buffers stay shared by all experts. Tied parameters stay tied.
+
+    With a rank the network is frozen, and K low-rank bases are added to each linear that `mixed`
+    names: a fraction of the memory to train, and experts that differ less.
 
     Args:
         network: Network that is changed in place: parameters that `mixed` names become (K, *).
@@ -50,6 +55,7 @@ def remix(
         per_block: Whether each block has a table of its own, and the rest another.
         symmetry: Preference of expert n for its own basis floor(n K / N) at the start; with 0,
             equal bases would stay equal for ever.
+        rank: Rank of the bases, added to the weights of linears; 0 for whole matrices.
 
     Returns:
         The experts, which are also the child `experts` of the network.
@@ -63,10 +69,16 @@ def remix(
     if hasattr(network, "experts"):
         raise ValueError("network must not have experts of its own, such as of an earlier remix")
     names = chosen_names(network, patterns_of(mixed))
+    if rank:
+        names = linear_weights(network, names, rank)
     layers = list(owners(network, names))  # refuses before anything is changed
     num_tables = max(block_of(name) for name in names) + 2 if per_block else 0
     experts = Experts(network, num_bases, num_experts, coefficients, num_tables, symmetry)
-    stack(layers, names, experts)
+    if rank:
+        network.requires_grad_(False)
+        add_low_rank(layers, experts, rank)
+    else:
+        stack(layers, names, experts)
     network.experts = experts
     return experts
 
@@ -84,6 +96,17 @@ def stack(layers: Sequence[tuple[str, nn.Module]], names: set[str], experts: Exp
         table = block_of(name + ".") % num_tables  # -1 is the last
         replace(experts.network, layer, MixedLayer(layer, bases, experts, table))
         experts.mixed[name] = tuple(own)
+
+
+def add_low_rank(layers: Sequence[tuple[str, nn.Module]], experts: Experts, rank: int) -> None:
+    """Put linears with low-rank bases in the place of the given ones."""
+    num_tables = len(experts.logits) if experts.per_block else 1
+    for name, layer in layers:
+        assert isinstance(layer, nn.Linear)
+        pair = initial_pair(name, layer, experts.num_bases, rank)
+        table = block_of(name + ".") % num_tables  # -1 is the last
+        replace(experts.network, layer, LowRankLinear(layer, pair, experts, table))
+        experts.mixed[name] = ("down", "up")
 
 
 def copies(parameter: nn.Parameter, num_bases: int) -> nn.Parameter:
@@ -108,6 +131,25 @@ def chosen_names(network: nn.Module, patterns: Sequence[str]) -> set[str]:
             f"this {type(network).__name__} has {kinds_of(trainable)}"
         )
     return chosen
+
+
+def linear_weights(network: nn.Module, names: set[str], rank: int) -> set[str]:
+    """Return those of the names that are weights of linears, to which bases can be added."""
+    if rank < 0:
+        raise ValueError(f"rank must be at least 0, got {rank}")
+    tied = tied_names(network)
+    found = set()
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and is_plain_linear(network.get_submodule(owner)):
+            if name in tied or name in tied.values():
+                raise ValueError(f"mixed must not match a tied parameter with a rank, got {name}")
+            found.add(name)
+    if not found:
+        raise ValueError(
+            f"mixed must match the weight of a linear with a rank, got {kinds_of(sorted(names))}"
+        )
+    return found
 
 
 def owners(network: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -34,6 +34,16 @@ class Batch(NamedTuple):
         assert self.coefficients is not None
         return self.coefficients[table]
 
+    def rows_of_images(self, table: int) -> Tensor:
+        """Return the (B, K) coefficients of the images, in the order in which they are given."""
+        parts, first = [], 0
+        for experts, size in self.spans:
+            rows = self.rows(table)[first : first + experts]
+            parts.append(rows.repeat_interleave(size, 0))
+            first += experts
+        ordered = torch.cat(parts)
+        return ordered if self.inverse is None else ordered[self.inverse]
+
     def images(self, values: Tensor) -> int:
         """Return B, which divides the first dimension of a layer's input."""
         count = sum(experts * size for experts, size in self.spans)

@@ -30,6 +30,8 @@ class RemixConfig:
     """Kind of coefficients: softmax, raw or one_hot."""
     per_block: bool = False
     """Whether each block has a coefficient table of its own."""
+    rank: int = 0
+    """Rank of the bases, which are added to a frozen network; 0 for whole matrices."""
     boundaries: tuple[int, ...] | tuple[float, ...] | None = None
     """(N + 1,) boundaries of the intervals; None for equal widths."""
     prediction_type: str = "epsilon"

@@ -64,6 +64,7 @@ class RemixDiT(nn.Module):
             coefficients=config.coefficients,
             per_block=config.per_block,
             symmetry=symmetry,
+            rank=config.rank,
         )
         self._forget()
 

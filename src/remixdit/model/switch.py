@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from remixdit.distributed.parallel import local, whole
 from remixdit.mixture.experts import Experts
+from remixdit.mixture.low_rank import LowRankLinear, merged
 from remixdit.mixture.product import mix
 
 __all__ = ["Switch"]
@@ -40,10 +41,11 @@ class Switch:
     ) -> None:
         self.experts, self.network = experts, network
         self.network.eval()
+        own = dict(network.named_parameters())
         self.pairs = [
             self._pair(name, source, dtype)
             for name, source in experts.network.named_parameters()
-            if not name.startswith("experts.")
+            if name in own and not name.startswith("experts.")
         ]
         self.network.to(experts.logits.device)  # buffers; the parameters are there
         if compile:
@@ -55,8 +57,8 @@ class Switch:
 
     def _pair(
         self, name: str, source: nn.Parameter, dtype: torch.dtype | None
-    ) -> tuple[nn.Parameter, nn.Parameter, int | None]:
-        """Make a plain parameter; return it with its source, and its table if it is mixed."""
+    ) -> tuple[nn.Parameter, tuple[nn.Parameter, ...], int | None]:
+        """Make a plain parameter; return it with its sources, and its table if it is mixed."""
         owner, _, leaf = name.rpartition(".")
         module = self.network.get_submodule(owner)
         kept = getattr(self.network, "float32_modules", ())
@@ -64,7 +66,10 @@ class Switch:
         shape = module.get_parameter(leaf).shape
         values = torch.empty(shape, device=source.device, dtype=source.dtype if exact else dtype)
         module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
-        return module.get_parameter(leaf), source, self.experts.table_of(name)
+        layer = self.experts.network.get_submodule(owner)
+        if leaf == "weight" and isinstance(layer, LowRankLinear):
+            return module.get_parameter(leaf), (source, layer.down, layer.up), layer.table
+        return module.get_parameter(leaf), (source,), self.experts.table_of(name)
 
     def write(self, expert: int) -> nn.Module:
         """Return the network with the weights of an expert in [0, N)."""
@@ -86,20 +91,24 @@ class Switch:
     @torch.no_grad()
     def _write(self, expert: int, ready: list[Tensor | None], shared: bool) -> None:
         rows = self._coefficients()[:, expert]  # (L, K)
-        for (parameter, source, table), kept in zip(self.pairs, ready, strict=True):
+        for (parameter, sources, table), kept in zip(self.pairs, ready, strict=True):
             if kept is not None:
                 parameter.data = kept[expert]
             elif table is not None:
-                parameter.data = self._mixed(source, rows[table], parameter.dtype)
+                parameter.data = self._mixed(sources, rows[table], parameter.dtype)
             elif shared:
-                parameter.data = whole(source.detach()).to(parameter.dtype)  # itself, if it can
+                parameter.data = whole(sources[0].detach()).to(parameter.dtype)  # itself, if it can
 
     def _coefficients(self) -> Tensor:
         """Return (L, N, K), of logits that may be sharded."""
         return self.experts.coefficients(logits=whole(self.experts.logits.detach()))
 
-    def _mixed(self, bases: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
+    def _mixed(self, sources: tuple[Tensor, ...], row: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a parameter (*) of one expert."""
+        if len(sources) > 1:
+            weight, down, up = (whole(values.detach()) for values in sources)
+            return merged(weight, down, up, row).to(dtype)
+        (bases,) = sources
         if self.experts.kind == "one_hot":  # no arithmetic, and on one device no copy
             return whole(bases.detach()[int(row.argmax())]).to(dtype)
         return mixed(bases.detach(), row).to(dtype)
@@ -115,9 +124,9 @@ class Switch:
             return
         self._ready = [None] * len(self.pairs)
         rows = self._coefficients()
-        for i, (parameter, source, table) in enumerate(self.pairs):
-            if table is not None and self.experts.kind != "one_hot":
-                parts = [self._mixed(source, row, parameter.dtype) for row in rows[table]]
+        for i, (parameter, sources, table) in enumerate(self.pairs):
+            if table is not None and (len(sources) > 1 or self.experts.kind != "one_hot"):
+                parts = [self._mixed(sources, row, parameter.dtype) for row in rows[table]]
                 self._ready[i] = torch.stack(parts)
         self._ready_for, self._holds = versions, None
 

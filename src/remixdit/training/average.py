@@ -16,14 +16,14 @@ __all__ = ["Average"]
 
 
 class Average:
-    """One average for each parameter of a network, sharded as that is.
+    """One average for each trained parameter of a network, sharded as that is.
 
     Attributes:
         values: Averages by the name of the parameter, (*) or its slice.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.parameters = dict(network.named_parameters())
+        self.parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.values: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in self.parameters.items()
         }

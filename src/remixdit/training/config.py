@@ -48,6 +48,8 @@ class MixtureConfig:
     """Kind of coefficients: softmax, raw (free) or one_hot (frozen; expert n is one basis)."""
     per_block: bool = False
     """Learn a coefficient table for each block instead of one for all."""
+    rank: int = 0
+    """Rank of the bases, which are added to the frozen model that --from names; 0 for none."""
     symmetry: float = 8.0
     """Preference of an expert for its own basis at the start: 0 for none, 10 for nearly alone."""
     intervals: str = "auto"
@@ -72,6 +74,8 @@ class MixtureConfig:
             raise ValueError(
                 f"prior_schedule must be linear or constant, got {self.prior_schedule!r}"
             )
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
         self._check_start()
         self._check_one_hot()
         if self.prior_strength and self.coefficients != "softmax":
@@ -240,6 +244,7 @@ class TrainConfig:
                 "timestep_strata must be 0 with several experts, whose intervals are the strata, "
                 f"got {self.objective.timestep_strata}"
             )
+        self._check_rank()
         if self.objective.interval and self.mixture.num_experts > 1:
             raise ValueError(
                 f"interval must be that of a plain DiT, got {self.mixture.num_experts} experts"
@@ -248,6 +253,14 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size must be at least one image for each of {self.strata_per_step} "
                 f"intervals a step, got {self.batch_size}"
+            )
+
+    def _check_rank(self) -> None:
+        """Refuse low-rank bases that have no trained network to be added to."""
+        if self.mixture.rank and (self.init_from is None or self.new_labels):
+            raise ValueError(
+                "rank must be 0 without a trained model to add bases to (--from), whose class "
+                f"embedding stays as it is (no --new-labels), got {self.mixture.rank}"
             )
 
     @property

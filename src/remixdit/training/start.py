@@ -20,6 +20,7 @@ from remixdit.diffusion.intervals import Intervals, LogitNormal
 from remixdit.diffusion.noise import Diffusion, Flow
 from remixdit.distributed.parallel import checksum_of, fill
 from remixdit.mixture.coefficients import initial_table
+from remixdit.mixture.low_rank import initial_pair
 from remixdit.model.config import RemixConfig, noise_process
 from remixdit.model.loading import load_model, model_config, newest_checkpoint, steps_done
 from remixdit.model.model import RemixDiT
@@ -175,9 +176,10 @@ def remixed_weights(
     for key, name in outline.experts.disk_names().items():
         if name == "logits":
             continue
-        values = state[key]
+        values = state[key] if key in state else low_rank_start(target, network, key)
         if name.startswith("bases."):
-            values = values.expand(target.num_bases, *values.shape)
+            if key in state:
+                values = values.expand(target.num_bases, *values.shape)
             if mixture.basis_noise:
                 values = perturbed(values, mixture.basis_noise, generator)
         yield name, values
@@ -185,6 +187,15 @@ def remixed_weights(
         target.num_bases, target.num_experts, target.coefficients, mixture.symmetry
     )
     yield "logits", table.expand(outline.experts.logits.shape)
+
+
+def low_rank_start(target: RemixConfig, network: DiT, key: str) -> Tensor:
+    """Return the start of a low-rank parameter: (K, r, I) or (K, O, r)."""
+    name, _, leaf = key.rpartition(".")
+    layer = network.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    down, up = initial_pair(name, layer, target.num_bases, target.rank)
+    return down if leaf == "down" else up
 
 
 def perturbed(bases: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -217,6 +228,7 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
         mixed=mixture.mixed,
         coefficients=mixture.coefficients,
         per_block=mixture.per_block,
+        rank=mixture.rank,
         prediction_type=objective.prediction_type,
         class_names=data.class_names,
         autoencoder=data.autoencoder,
@@ -288,7 +300,7 @@ def refuse_other_autoencoder(own: Mapping[str, Any], other: Mapping[str, Any]) -
 
 def refuse_other_mixture(given: RemixConfig, target: RemixConfig) -> None:
     """Refuse to train a mixture under settings of another."""
-    names = ("num_bases", "num_experts", "mixed", "coefficients", "per_block")
+    names = ("num_bases", "num_experts", "mixed", "coefficients", "per_block", "rank")
     pairs = {
         name: (getattr(given, name), getattr(target, name))
         for name in (*names, "boundaries", "prediction_type")
