@@ -72,9 +72,9 @@ def config_for(given, output_dir: Path, **changes) -> StudyConfig:
 def finished(given, tmp_path_factory):
     """Return a finished study."""
     config = config_for(given, tmp_path_factory.mktemp("study") / "study", num_samples=40,
-                        num_inference_steps=2)  # fmt: skip
+                        num_inference_steps=2, seeds=1)  # fmt: skip
     progress = list(study(config))
-    assert [p.done for p in progress] == [0, 1, 2, 3, 4, 5]
+    assert [p.done for p in progress] == [0, 1, 2, 3]
     return config
 
 
@@ -86,7 +86,7 @@ def results_of(config: StudyConfig) -> dict[tuple[str, int], dict]:
 
 def test_every_variant_gets_the_same_images_and_nearly_the_same_operations(finished):
     results = results_of(finished)
-    assert len(results) == 5
+    assert len(results) == 3
     trained = [cell for cell in results.values() if cell["variant"] != "start"]
     assert {cell["images"] for cell in trained} == {32}
     assert len({cell["network_flops"] for cell in trained}) == 1
@@ -105,14 +105,14 @@ def test_losses_are_those_of_the_intervals_and_scores_have_names(finished):
 
 
 def test_a_finished_study_is_not_run_again_and_a_lost_cell_is(finished):
-    path = finished.output_dir / "cells" / "remix" / "seed-1" / "result.json"
+    path = finished.output_dir / "cells" / "remix" / "seed-0" / "result.json"
     before = json.loads(path.read_text())
     path.unlink()
-    assert [p.done for p in study(finished)] == [4, 5]
+    assert [p.done for p in study(finished)] == [2, 3]
     after = json.loads(path.read_text())
     for name in ("loss", "loss_by_interval", "half", "coefficients"):
         assert after[name] == before[name]
-    assert [p.done for p in study(finished)] == [5]
+    assert [p.done for p in study(finished)] == [3]
 
 
 def test_the_report_is_whole_and_the_table_is_markdown(finished):
