@@ -8,6 +8,7 @@ import tyro
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.training.config import TrainConfig
@@ -49,6 +50,8 @@ def run(args: Sequence[str]) -> None:
     settings: dict[str, Any] = dict(preset(name).settings)
     default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
     config = base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
+    if config.init_from and newest_checkpoint(config.output_dir) is None:
+        newest_weights(config.init_from)  # says which step the run starts from
     try:
         show(config)
     except KeyboardInterrupt:
