@@ -99,6 +99,15 @@ def test_samples_on_disk_have_the_names_of_their_classes(given, tmp_path):
     assert (images.class_names, images.class_labels.tolist()) == (("cat", "dog"), [0, 1])
 
 
+def test_images_get_the_size_of_the_model_that_a_run_starts_from(given, tmp_path):
+    line = f"train tiny --data {given}/photos --steps 1 --output-dir {tmp_path}"
+    remixdit(f"{line}/small --image-size 8")
+    remixdit(f"{line}/same --from {tmp_path}/small")  # not 16, the preset's
+    remixdit(f"{line}/larger --from {tmp_path}/small --image-size 12")
+    sizes = [load_model(tmp_path / name).config.network.input_size for name in ("same", "larger")]
+    assert sizes == [8, 12]
+
+
 def test_a_resumed_run_does_not_look_at_the_model_that_it_started_from(given, tmp_path, capsys):
     plain = RemixDiT.from_pretrained(given / "plain" / "model")
     plain.save_pretrained(tmp_path / "plain")
