@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["ImportConfig", "ImportOptions", "import_checkpoint", "run_import"]
 
 logger = logging.getLogger(__name__)
 
+SIT = re.compile(r"(?<![A-Za-z])SiT(?![a-z])")  # SiT-XL-2-256x256.pt, SiT-B/2
 PUBLISHED_LICENSE = "cc-by-nc-4.0"  # of the released weights of DiT and of Remix-DiT
 
 
@@ -136,7 +138,7 @@ def refuse_other_time(path: Path, stated: Mapping[str, str]) -> None:
         return
     prediction = stated.get("prediction", "noise")
     if "path_type" not in stated and prediction == "noise":
-        named = [name for name in (path.name, stated.get("model", "")) if "SiT" in name]
+        named = [name for name in (path.name, stated.get("model", "")) if SIT.search(name)]
     else:
         named = [f"prediction {prediction}"]
     if named:
