@@ -137,8 +137,25 @@ def test_flow_matching_has_losses_and_no_bits(data):
     assert "flow_prediction has no variational bound" in result["bits_per_dim"]["left_out"]
     assert result["intervals"][-1]["to"] == 1
     v = RemixDiT.from_dit(tiny_dit(input_size=16, patch_size=4, in_channels=3), 1, 1)
-    with pytest.raises(ValueError, match="against must have the prediction_type flow_prediction"):
+    with pytest.raises(ValueError, match="prediction_type of --against v must be flow_prediction"):
         finish(evaluate_intervals(model, held, LossesConfig(), Rival("v", v)))
+
+
+def test_a_rival_sees_its_own_labels_of_the_same_classes(data):
+    shape = {"input_size": 16, "patch_size": 4, "in_channels": 3}
+    network = tiny_dit(**shape)
+    turned = tiny_dit(**shape)
+    table = network.y_embedder.embedding_table.weight.detach()
+    turned.y_embedder.embedding_table.weight = torch.nn.Parameter(table[[2, 0, 1, 3]])
+    model = RemixDiT.from_dit(network, 1, 1, class_names=("cat", "dog", "elk"))
+    rival = RemixDiT.from_dit(turned, 1, 1, class_names=("elk", "cat", "dog"))
+    held, _ = open_held_out(f"{data}/real.npz", model.config, 6)
+    assert len(held.class_labels.unique()) > 1
+    found = finish(evaluate_intervals(model, held, LossesConfig(), Rival("turned", rival)))
+    assert found["loss"]["difference"]["value"] == 0
+    fruits = RemixDiT.from_dit(turned, 1, 1, class_names=("elk", "cat", "pear"))
+    with pytest.raises(ValueError, match=r"--against fruits .* adds 'pear' and lacks 'dog'"):
+        finish(evaluate_intervals(model, held, LossesConfig(), Rival("fruits", fruits)))
 
 
 def test_figures_show_the_losses_and_the_matrix(model, data):
@@ -203,8 +220,8 @@ def test_a_run_of_continuous_time_is_measured(tmp_path):
     [
         ("", "required: --data STR (remixdit losses --help says more)"),
         ("--data {}/nowhere", "no such file or folder, nor owner/name on the hub"),
-        ("--data {0}/cows", "data must hold classes of the model, got 'cow' in {0}/cows"),
-        ("--data {}/small", "must be (3, 16, 16) for this model, got (3, 8, 8)"),
+        ("--data {0}/cows", "classes of {0}/cows must be among those of the model, got 'cow'"),
+        ("--data {}/small", "must be (3, 16, 16), as for the model, got (3, 8, 8)"),
         ("--data {0}/others --num-images 1", "and at most the 9 of {0}/others, got 1"),
         ("--data {0}/others --num-images 10", "and at most the 9 of {0}/others, got 10"),
         ("--data {}/others --device tpu", "device must be auto, cpu or cuda, got 'tpu'"),

@@ -11,6 +11,8 @@ from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
 from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
+from remixdit.progress import finish
 from remixdit.study.config import StudyConfig
 from remixdit.study.report import paired, result_table, those_of
 from remixdit.study.study import Cell, cells_of, common_run, study
@@ -22,7 +24,7 @@ from remixdit.study.variants import (
     run_config,
     variant,
 )
-from tests.command_line import refusal, remixdit
+from tests.command_line import refusal, remixdit, write_folder
 
 
 def shards(directory: Path, count: int, seed: int) -> Path:
@@ -238,6 +240,23 @@ def test_what_a_cell_could_not_do_is_refused_before_anything_is_written(given, t
         with pytest.raises(ValueError, match=message):
             list(study(config_for(given, tmp_path / "study", **changes)))
         assert not (tmp_path / "study").exists()
+
+
+def test_data_of_other_classes_than_the_start_are_refused_before_anything_is_written(
+    given, tmp_path
+):
+    start = load_model(given[2])
+    names = {"class_names": ("ant", "bee", "cow", "dog")}
+    RemixDiT(replace(start.config, **names), start.expert(0)).save_pretrained(tmp_path / "start")
+    for name, classes in (("data", ("bee", "ant", "elk")), ("held_out", ("bee", "elk"))):
+        folder = write_folder(tmp_path / name, **dict.fromkeys(classes, 4))
+        finish(
+            encode(open_source(folder), tmp_path / f"{name}-shards", EncodeConfig(image_size=16))
+        )
+        changes = {name: str(tmp_path / f"{name}-shards"), "init_from": str(tmp_path / "start")}
+        with pytest.raises(ValueError, match=r"classes of .* --from, got .*'elk'"):
+            list(study(config_for(given, tmp_path / "study", **changes)))
+    assert not (tmp_path / "study").exists()
 
 
 def test_other_settings_in_the_same_directory_are_refused(finished):

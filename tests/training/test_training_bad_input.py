@@ -188,9 +188,13 @@ def test_data_without_a_readable_image_leave_no_trace(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--from {}/grey", "in_channels must be that of init_from, 1, got 3"),
-        ("--from {}/colour --num-experts 5", "num_experts must be that of init_from, 4, got 5"),
-        ("--from {}/colour --coefficients raw", "coefficients must be that of init_from, softmax"),
+        ("--from {}/grey", "in_channels must be that of --from, 1, got 3"),
+        ("--from {}/colour --num-bases 3", "num_bases must be that of --from, 2, got 3"),
+        ("--from {}/colour --coefficients raw", "coefficients must be that of --from, softmax"),
+        (
+            "--from {}/colour --prediction-type v_prediction",
+            "--prediction-type must be that of --from, epsilon, or be left out, got v_prediction",
+        ),
         ("--from {}/grey/data", "checkpoint must be a model directory or a run with one"),
         ("--from {}/nowhere", "model must be a directory or a model of the hub"),
     ],
@@ -208,7 +212,7 @@ def test_model_of_other_classes_is_refused_unless_labels_are_learned_afresh(
     data = write_folder(tmp_path / "photos", cat=9, dog=9)
     line = f"train tiny --data {data} --output-dir {tmp_path}/run --from {plain} --steps 1"
     message = refusal(line, capsys)
-    assert message.startswith("init_from must be a model of the data's 2 classes, got 3")
+    assert message.startswith("classes of the data must be the 3 of --from, got 2; --new-labels")
     assert not (tmp_path / "run").exists()
     remixdit(f"{line} --new-labels")
 

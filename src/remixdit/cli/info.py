@@ -9,6 +9,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse
+from remixdit.cli.checkpoints import newest_weights
 from remixdit.model.describe import describe
 
 __all__ = ["run"]
@@ -29,7 +30,7 @@ class InfoArguments:
 def run(args: Sequence[str]) -> None:
     """Describe a model on stdout."""
     arguments = parse(InfoArguments, args, "info")
-    facts = describe(arguments.checkpoint, ema=arguments.ema)
+    facts = describe(newest_weights(arguments.checkpoint, arguments.ema), ema=arguments.ema)
     print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else text(facts))
 
 

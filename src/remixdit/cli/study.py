@@ -9,6 +9,7 @@ import tyro
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import Bar, say
 from remixdit.study.config import StudyConfig
 from remixdit.study.study import study
@@ -46,6 +47,7 @@ def run(args: Sequence[str]) -> None:
         print(HELP.format(studies="\n".join(studies), variants="\n".join(variants)), end="")
         return
     config = base_config(parse(StudyArguments, args, "study"), StudyConfig)
+    newest_weights(config.init_from)  # says which step the variants start from
     try:
         with Bar(f"study {config.name}", 1) as bar:
             for progress in study(config):

@@ -120,7 +120,7 @@ def files_subject(
             raise ValueError(
                 f"{about_file} must tell of the {len(images)} images beside it, got {len(labels)}"
             )
-        names = numbered_class_names(labels)
+        names = tuple(about.get("class_names") or numbered_class_names(labels))
         images = replace(images, class_labels=labels, class_names=names)
     if num_images > len(images):
         raise ValueError(f"num_images must be at most {len(images)} for {path}, got {num_images}")

@@ -178,6 +178,9 @@ def write_dit(model: RemixDiT, expert: int, path: Path) -> None:
         "expert": str(expert),
         "boundaries": json.dumps(model.intervals.boundaries[expert : expert + 2]),
         "prediction_type": model.config.prediction_type,
+        "num_train_timesteps": str(model.config.num_train_timesteps),
+        "class_names": json.dumps(model.config.class_names, ensure_ascii=False),
+        "autoencoder": json.dumps(dict(model.config.autoencoder), ensure_ascii=False),
     }
     save_file({name: v.detach().cpu().contiguous() for name, v in state.items()}, path, metadata)
 

@@ -23,7 +23,8 @@ def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[
         ema: Take the averaged weights of a training checkpoint where it has any.
 
     Returns:
-        The tensors on the CPU, as they were saved, and the metadata of a `.safetensors` file.
+        The tensors on the CPU, as they were saved, and the metadata of a `.safetensors` file, or
+        the arguments of the training run that a `.pt` file states.
 
     Raises:
         ValueError: The file is not there, holds something else, or reading it would run code.
@@ -32,7 +33,8 @@ def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[
         raise ValueError(f"checkpoint must be a file, got {path}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    return state_dict_in(read_pickle(path), path, ema), {}
+    content = read_pickle(path)
+    return state_dict_in(content, path, ema), arguments_in(content)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -75,6 +77,16 @@ def reason(error: Exception) -> str:
     if found:
         return f"it asks for {found[1]}"
     return "it cannot be read, it may be cut short or of another kind"
+
+
+def arguments_in(content: Any) -> dict[str, str]:
+    """Return the arguments of the training run that published code saves with its weights."""
+    found = content.get("args") if isinstance(content, Mapping) else None
+    if isinstance(found, argparse.Namespace):
+        found = vars(found)
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(name): value for name, value in found.items() if isinstance(value, str)}
 
 
 def state_dict_in(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Published checkpoints of DiT and Remix-DiT become a `RemixDiT`."""
 
+import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ __all__ = ["ImportConfig", "ImportOptions", "import_checkpoint", "run_import"]
 
 logger = logging.getLogger(__name__)
 
+SIT = re.compile(r"(?<![A-Za-z])SiT(?![a-z])")  # SiT-XL-2-256x256.pt, SiT-B/2
 PUBLISHED_LICENSE = "cc-by-nc-4.0"  # of the released weights of DiT and of Remix-DiT
 
 
@@ -101,10 +104,11 @@ def import_checkpoint(path: str | Path, **options: Any) -> RemixDiT:
 def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
     """Return the model of a published checkpoint."""
     state, metadata = read_tensors(path, options.ema)
+    refuse_other_time(path, metadata)
     state = without_prefix(state)
     num_heads = options.num_heads
-    if num_heads is None and metadata.get("num_heads", "").isdigit():
-        num_heads = int(metadata["num_heads"])  # one of our own exports
+    if num_heads is None:
+        num_heads = stated_number(metadata, "num_heads")  # of one of our own exports
     network = infer_config(state, num_heads, options.input_size)
     check_shapes(state, network)
     num_bases, num_experts = mixture_counts(state, options)
@@ -112,14 +116,60 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
         network=network,
         num_bases=num_bases,
         num_experts=num_experts,
-        class_names=options.class_names,
-        autoencoder={"name": options.autoencoder},
+        prediction_type=metadata.get("prediction_type", "epsilon"),
+        num_train_timesteps=stated_number(metadata, "num_train_timesteps") or 1000,
+        class_names=options.class_names
+        or tuple(map(str, stated_json(metadata, "class_names", []))),
+        autoencoder=weights_autoencoder(options, metadata),
         license=weights_license(options, metadata, path),
     )
     weights = {name: v.float() for name, v in state.items() if name != "pos_embed"}
     if LOGITS in weights:
         return import_mixture(weights, config)
     return RemixDiT(config, load_network(weights, network)).eval()
+
+
+def refuse_other_time(path: Path, stated: Mapping[str, str]) -> None:
+    """Refuse a SiT: its weights have the names and shapes of a DiT's, but not their meaning.
+
+    A bare state dict says so by nothing but the name of its file.
+    """
+    if "boundaries" in stated:  # one of our own exports
+        return
+    prediction = stated.get("prediction", "noise")
+    if "path_type" not in stated and prediction == "noise":
+        named = [name for name in (path.name, stated.get("model", "")) if SIT.search(name)]
+    else:
+        named = [f"prediction {prediction}"]
+    if named:
+        raise ValueError(
+            f"checkpoint must be a DiT that predicts the noise, got a SiT ({named[0]}) in {path}: "
+            "it predicts a velocity, its time runs from noise to data and is embedded in another "
+            "way, so its weights cannot be converted"
+        )
+
+
+def stated_number(stated: Mapping[str, str], name: str) -> int | None:
+    """Return a number in the metadata of a file, None if there is none."""
+    text = stated.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() else None
+
+
+def stated_json(stated: Mapping[str, str], name: str, default: Any) -> Any:
+    """Return JSON values in the metadata of a file, of the type of the default."""
+    try:
+        found = json.loads(stated.get(name, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} in the file's metadata must be JSON, got {error}") from error
+    return found if isinstance(found, type(default)) else default
+
+
+def weights_autoencoder(options: ImportOptions, stated: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the autoencoder of the latents: as given, else as the file says."""
+    if options.autoencoder != "none":
+        return {"name": options.autoencoder}
+    found = stated_json(stated, "autoencoder", {})
+    return found if isinstance(found.get("name"), str) else {"name": "none"}
 
 
 def mixture_counts(state: Mapping[str, Tensor], options: ImportOptions) -> tuple[int, int]:

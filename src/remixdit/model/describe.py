@@ -34,11 +34,9 @@ def facts_of(found: Found) -> dict[str, Any]:
     """Return the facts in the files of a model."""
     config = RemixConfig.from_json(json.loads((found.directory / "config.json").read_text("utf-8")))
     weights = found.directory / found.weights
-    state_file = found.directory / "state.json"
-    step = json.loads(state_file.read_text("utf-8"))["step"] if state_file.is_file() else None
     return {
         "weights": str(weights),
-        "step": step,
+        "step": found.step,
         **config.to_json(),
         "coefficient_kind": config.coefficients,
         "coefficients": coefficients_in(weights, config.coefficients),

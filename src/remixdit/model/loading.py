@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from remixdit.model.config import RemixConfig
-from remixdit.model.model import RemixDiT
+from remixdit.model.model import RemixDiT, download
 
 __all__ = [
     "Found",
@@ -21,6 +21,7 @@ __all__ = [
     "load_model",
     "model_config",
     "newest_checkpoint",
+    "stated_config",
     "steps_done",
 ]
 
@@ -32,6 +33,15 @@ class Found:
     directory: Path
     weights: str
     """Name of the file in the directory."""
+
+    @property
+    def step(self) -> int | None:
+        """Number of optimizer steps done, None for a model, which does not state it."""
+        state = self.directory / "state.json"
+        if not state.is_file():
+            return None
+        with damage_named(self.directory):
+            return int(json.loads(state.read_text("utf-8"))["step"])
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -49,8 +59,8 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
     """Load a checkpoint.
 
     Args:
-        path: A model directory, a checkpoint, a run (its finished model, else its newest
-            checkpoint), or a model of the Hugging Face hub.
+        path: A model directory, a checkpoint, a run (its newest checkpoint, else its finished
+            model), or a model of the Hugging Face hub.
         ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
         device: Device of the weights.
     """
@@ -69,6 +79,12 @@ def model_config(directory: Path) -> RemixConfig:
     """Return the configuration of a checkpoint's model."""
     with damage_named(directory):
         return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
+
+
+def stated_config(path: str | Path) -> RemixConfig:
+    """Return the configuration of a model, named as for `load_model`, without its weights."""
+    found = find_model(Path(path))
+    return model_config(download(str(path)) if found is None else found.directory)
 
 
 @contextmanager
@@ -93,9 +109,10 @@ def find_model(path: Path, ema: bool = True) -> Found | None:
         return Found(path, "ema.safetensors" if ema else "model.safetensors")
     if (path / "model.safetensors").is_file():
         return Found(path, "model.safetensors")
-    if ema and (path / "model" / "model.safetensors").is_file():
-        return Found(path / "model", "model.safetensors")
+    # The last step of a run is saved before its model is, so no model is newer than a checkpoint.
     newest = newest_checkpoint(path)
+    if newest is None and ema and (path / "model" / "model.safetensors").is_file():
+        return Found(path / "model", "model.safetensors")
     if newest is None:
         raise ValueError(f"checkpoint must be a model directory or a run with one, got {path}")
     return find_model(newest, ema)

@@ -167,7 +167,7 @@ def pick_precision(name: str) -> str:
 def measure(config: QuickstartConfig, stage: str) -> Result:
     """Measure a finished run on the held-out digits; all stages see the same noise."""
     model = load_model(config.output_dir / stage)
-    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_HELD_OUT)
+    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_HELD_OUT, model.config)
     intervals = model.intervals.uniform(config.num_experts)
     return Result(model, interval_losses(model, held, intervals, seed=config.seed)[0])
 
@@ -237,7 +237,8 @@ def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
     """Draw the figures, and write the report around them."""
     remixed = results["remixed"].model
     boundaries = remixed.intervals.boundaries
-    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_MATRIX_IMAGES)
+    shards = ShardDataset(data_dir(config, "held-out"))
+    held = held_out(shards, NUM_MATRIX_IMAGES, remixed.config)
     digits = [str(digit) for digit in range(10)] * DIGITS_PER_CLASS
     series = {name: results[name].losses.mean(1) for name in ("continued", "remixed", "pretrained")}
     tables = remixed.experts.coefficients().detach().cpu().numpy()[0]

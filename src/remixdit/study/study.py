@@ -33,7 +33,7 @@ from remixdit.diffusion.costs import training_flops
 from remixdit.diffusion.intervals import Intervals
 from remixdit.evaluation.feature_sets import FeatureSet, image_features, reference_features
 from remixdit.evaluation.features import load_extractor, metric_name
-from remixdit.evaluation.held_out import held_out
+from remixdit.evaluation.held_out import held_out, side_of_shards
 from remixdit.evaluation.image_sets import open_images
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
@@ -41,6 +41,7 @@ from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
+from remixdit.model.match import match, side_of
 from remixdit.model.model import RemixDiT
 from remixdit.progress import Progress, finish
 from remixdit.sampling.sampler import SamplingConfig, sample
@@ -51,7 +52,7 @@ from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfi
 from remixdit.training.loop import train
 from remixdit.training.optimizer import OptimizerConfig
 from remixdit.training.run import check_run, claim_run, read_metrics
-from remixdit.training.start import training_strata
+from remixdit.training.start import outline_of, side_of_data, training_strata
 
 __all__ = ["study"]
 
@@ -114,7 +115,10 @@ def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
         )
     start = load_model(config.init_from)
     if start.num_experts > 1:
-        raise ValueError(f"init_from must be a plain DiT, got {start.num_experts} experts")
+        raise ValueError(f"--from must be a plain DiT, got {start.num_experts} experts")
+    ours = side_of("--from", start.config)
+    match(ours, side_of_data(outline_of(common_run(config, cells[0], start))))
+    match(ours, side_of_shards(held), subset=True)
     for cell in cells:
         if cell.variant != START:
             run_config(variant(cell.variant), common_run(config, cell, start))
@@ -183,6 +187,7 @@ def trained_model(parts: Sequence[TrainConfig], where: str = "") -> RemixDiT:
         [model.expert(0) for model in models],
         strata.boundaries,
         prediction_type=first.prediction_type,
+        num_train_timesteps=first.num_train_timesteps,
         class_names=first.class_names,
         autoencoder=first.autoencoder,
     )
@@ -256,7 +261,8 @@ def mixing_flops(model: RemixDiT, experts_per_step: int) -> int:
 
 def measured(config: StudyConfig, model: RemixDiT) -> tuple[dict[str, Any], np.ndarray]:
     """Return the validation loss, with that of each interval, and all losses (I, n)."""
-    held = held_out(ShardDataset(Path(config.held_out)), config.num_held_out)
+    shards = ShardDataset(Path(config.held_out))
+    held = held_out(shards, config.num_held_out, model.config)
     if model.config.is_flow:
         intervals = Intervals.continuous(NUM_INTERVALS)
     else:

@@ -119,8 +119,8 @@ class MixtureConfig:
 class ObjectiveConfig:
     """The target of the network, and the timesteps and labels that it learns from."""
 
-    prediction_type: str = "epsilon"
-    """Prediction of the network: epsilon, v_prediction or flow_prediction."""
+    prediction_type: str = "auto"
+    """Prediction: epsilon, v_prediction, flow_prediction; auto for that of --from, else epsilon."""
     label_dropout: float = 0.1
     """Share of the labels that become the null label, which guidance needs."""
     logit_normal: bool = False
@@ -141,7 +141,7 @@ class ObjectiveConfig:
             raise ValueError(f"timestep_strata must be 0 with interval, got {self.timestep_strata}")
         if self.timestep_strata < 0:
             raise ValueError(f"timestep_strata must be at least 0, got {self.timestep_strata}")
-        if self.logit_normal and self.prediction_type != "flow_prediction":
+        if self.logit_normal and self.prediction_type not in ("auto", "flow_prediction"):
             raise ValueError("logit_normal must be false without flow_prediction, got true")
 
     def only_interval(self) -> tuple[int, int] | None:
@@ -204,7 +204,7 @@ class TrainConfig:
     recompute: bool = False
     """Recompute each block in the backward pass to save the memory of its activations."""
     image_size: int | None = None
-    """Edge of unencoded images in pixels; by default the network's input_size."""
+    """Edge of unencoded images in pixels; by default the input_size of --from, or the network's."""
     strict: bool = False
     """Refuse data with unreadable images instead of leaving those images out."""
     new_labels: bool = False
@@ -282,7 +282,7 @@ class TrainConfig:
             return self.mixture.intervals
         total = max(self.mixture.num_experts, self.objective.timestep_strata)
         together = self.strata_per_step == total > 1
-        predicts_noise = self.objective.prediction_type == "epsilon"
+        predicts_noise = self.objective.prediction_type in ("auto", "epsilon")
         return "log_snr" if together and predicts_noise else "uniform"
 
     def to_json(self) -> dict[str, Any]:

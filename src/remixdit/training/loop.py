@@ -29,6 +29,7 @@ from remixdit.training.run import DATA_DIR, check_run, claim_run
 from remixdit.training.start import (
     outline_of,
     run_settings,
+    settled,
     starting_model,
     stretched_schedules,
 )
@@ -57,16 +58,18 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
     check_steps(config)
     check_shard_size(config, ranks)
     start = starting_model(config, outline_of(config))
+    config = settled(config, start.config if config.init_from else None)
     settings = run_settings(config, start.config)
     # Encoded data are identified by their digest; others, before encoding, by their path.
     unknown = "data" if settings["data_digest"] else "data_digest"
-    defaults = TrainConfig(data="", output_dir=config.output_dir).to_json()
+    defaults = settled(TrainConfig(data="", output_dir=config.output_dir), None).to_json()
     check_run(config.output_dir, settings, {*MAY_CHANGE, unknown}, defaults)
-    dataset = yield from open_dataset(config, ranks)
+    dataset = yield from open_dataset(config, ranks, start.config.network.input_size)
     settings["data_digest"] = dataset.digest
     check_run(config.output_dir, settings, {*MAY_CHANGE, "data"}, defaults)
-    if ranks.is_first and (remark := stretched_schedules(config)):
-        logger.warning(remark)
+    for remark in filter(None, (start.remark, stretched_schedules(config))):
+        if ranks.is_first:
+            logger.warning(remark)
     training = Training(config, start, dataset, ranks)
     training.resume()  # first, as a checkpoint may be damaged
     distributed.agree(
@@ -132,10 +135,11 @@ def check_shard_size(config: TrainConfig, ranks: Ranks) -> None:
         )
 
 
-def open_dataset(config: TrainConfig, ranks: Ranks) -> Generator[Progress, None, ShardDataset]:
+def open_dataset(
+    config: TrainConfig, ranks: Ranks, image_size: int
+) -> Generator[Progress, None, ShardDataset]:
     """Open the shards, or encode the images of a source once into the run's directory."""
-    size = config.image_size or config.network.input_size
-    encode = EncodeConfig(image_size=size, seed=config.seed, strict=config.strict)
+    encode = EncodeConfig(image_size=image_size, seed=config.seed, strict=config.strict)
     cache = config.output_dir / DATA_DIR
     if ranks.is_first:
         tell_of_skipped(config, (yield from prepare(config.data, cache, encode)))
