@@ -104,11 +104,12 @@ def encode(
 
     Raises:
         ValueError: The directory holds another encoding, an image cannot be read (when strict),
-            the autoencoder does not fit, or the directory cannot be written.
+            or the autoencoder does not fit.
+        OSError: The directory cannot be written.
     """
     autoencoder = load_autoencoder(config.autoencoder)
     settings = _settings(source, config, autoencoder)
-    directory = EncodedDir(Path(output_dir), settings)
+    directory = EncodedDir(Path(output_dir), settings, source.earlier_fingerprint)
     with _explain_disk_errors(directory.directory):
         if not directory.start():
             yield Progress("encode", len(source), len(source))
@@ -129,7 +130,9 @@ def _explain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        # No directory is the user's mistake, a full disk is not: exit codes 2 and 1.
+        kind = ValueError if isinstance(error, NotADirectoryError | FileExistsError) else OSError
+        raise kind(
             f"cannot write {error.filename or directory}: {error.strerror}; finished shards stay, "
             "and the same command continues after them"
         ) from error
