@@ -104,8 +104,7 @@ def encode(
 
     Raises:
         ValueError: The directory holds another encoding, an image cannot be read (when strict),
-            or the autoencoder does not fit.
-        OSError: The directory cannot be written.
+            the autoencoder does not fit, or the directory cannot be written.
     """
     autoencoder = load_autoencoder(config.autoencoder)
     settings = _settings(source, config, autoencoder)
@@ -130,9 +129,7 @@ def _explain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # No directory is the user's mistake, a full disk is not: exit codes 2 and 1.
-        kind = ValueError if isinstance(error, NotADirectoryError | FileExistsError) else OSError
-        raise kind(
+        raise ValueError(
             f"cannot write {error.filename or directory}: {error.strerror}; finished shards stay, "
             "and the same command continues after them"
         ) from error
