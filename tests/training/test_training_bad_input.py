@@ -165,7 +165,7 @@ def test_corrupt_image_is_refused_by_a_strict_run_without_a_trace(place, tmp_pat
     (data / "cat" / "broken.png").write_bytes(b"no picture")
     line = f"train tiny --data {data} --output-dir {tmp_path}/{place} --steps 1"
     message = refusal(f"{line} --strict", capsys)
-    assert message == "cat/broken.png: the file is of no known image format"
+    assert message.startswith("cat/broken.png: the file is of no known image format (JPEG, PNG, ")
     assert {path.name for path in tmp_path.iterdir()} == {"photos"}
     remixdit(line)
     message = refusal(f"{line} --strict", capsys)  # also when it was left out before

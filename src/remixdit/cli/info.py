@@ -10,6 +10,8 @@ from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse
 from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.terminal import show
+from remixdit.figures.text import one_line
 from remixdit.model.describe import describe
 
 __all__ = ["run"]
@@ -31,7 +33,7 @@ def run(args: Sequence[str]) -> None:
     """Describe a model on stdout."""
     arguments = parse(InfoArguments, args, "info")
     facts = describe(newest_weights(arguments.checkpoint, arguments.ema), ema=arguments.ema)
-    print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else text(facts))
+    show(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else text(facts))
 
 
 def text(facts: Mapping[str, Any]) -> str:
@@ -53,7 +55,7 @@ def text(facts: Mapping[str, Any]) -> str:
             f"parameters   {parameters['active']:,} active, {parameters['total']:,} in all",
             f"cost         {facts['forward_flops_per_image'] / 1e9:,.3g} GFLOP an image and step, "
             f"{facts['training_flops_per_image'] / 1e9:,.3g} in training",
-            *([f"licence      {facts['license']}"] if facts["license"] else []),
+            *([f"licence      {one_line(facts['license'])}"] if facts["license"] else []),
             *(table(facts) if facts["num_experts"] > 1 else []),
         ]
     )

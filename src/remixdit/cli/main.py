@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from remixdit import __version__
+from remixdit.figures.text import one_line
 
 __all__ = ["main"]
 
@@ -111,8 +112,16 @@ def run(args: Sequence[str]) -> int:
 def log_to_stderr() -> None:
     """Show the library's warnings, a line each."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("remixdit: %(message)s"))
+    handler.setFormatter(OneLine("remixdit: %(message)s"))
     logging.getLogger("remixdit").handlers = [handler]
+
+
+class OneLine(logging.Formatter):
+    """Warnings hold names of others: each is one printable line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return one_line(super().format(record))
 
 
 def failed(error: Exception, code: int) -> int:
@@ -137,4 +146,4 @@ def complain(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     who = "remixdit" if rank == "0" else f"remixdit, process {rank}"
     time.sleep(0 if rank == "0" else PATIENCE_SECONDS)
-    print(f"{who}: {text}", file=sys.stderr)
+    print(f"{who}: {one_line(text)}", file=sys.stderr)

@@ -108,7 +108,7 @@ def encode(
     """
     autoencoder = load_autoencoder(config.autoencoder)
     settings = _settings(source, config, autoencoder)
-    directory = EncodedDir(Path(output_dir), settings)
+    directory = EncodedDir(Path(output_dir), settings, source.earlier_fingerprint)
     with _explain_disk_errors(directory.directory):
         if not directory.start():
             yield Progress("encode", len(source), len(source))
