@@ -112,13 +112,16 @@ class LatentAutoencoder:
 Autoencoder = Pixels | LatentAutoencoder
 
 
-def load_autoencoder(spec: str | Path | Spec | None) -> Autoencoder:
+def load_autoencoder(
+    spec: str | Path | Spec | None, device: torch.device | str = "cpu"
+) -> Autoencoder:
     """Load an autoencoder.
 
     Args:
         spec: "none" or None for pixels; an id on the Hugging Face hub; a local directory that
             diffusers' `save_pretrained` wrote (or a pipeline's, with a folder `vae`); or the
             `spec` of an autoencoder, whose weights and scaling must then be the same.
+        device: Device of its weights.
 
     Raises:
         ValueError: It cannot be loaded, or is another one than the spec describes.
@@ -126,7 +129,7 @@ def load_autoencoder(spec: str | Path | Spec | None) -> Autoencoder:
     if spec is None or spec == "none" or (isinstance(spec, Mapping) and spec["name"] == "none"):
         return Pixels()
     if not isinstance(spec, Mapping):
-        return _from_pretrained(str(spec))
+        return _from_pretrained(str(spec)).to(device)
     autoencoder = _from_pretrained(spec["name"])
     for key, found in autoencoder.spec.items():
         if spec.get(key, found) != found:
@@ -134,7 +137,7 @@ def load_autoencoder(spec: str | Path | Spec | None) -> Autoencoder:
                 f"{key} of autoencoder {spec['name']} must be {spec[key]}, as its latents were "
                 f"made with, got {found}"
             )
-    return autoencoder
+    return autoencoder.to(device)
 
 
 def scale_and_shift(spec: Spec) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from PIL import Image
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiTConfig
+from remixdit.distributed import pick_device
 from remixdit.evaluation.held_out import held_out
 from remixdit.evaluation.losses import interval_losses, loss_matrix
 from remixdit.figures import plots
@@ -166,7 +167,7 @@ def pick_precision(name: str) -> str:
 
 def measure(config: QuickstartConfig, stage: str) -> Result:
     """Measure a finished run on the held-out digits; all stages see the same noise."""
-    model = load_model(config.output_dir / stage)
+    model = load_model(config.output_dir / stage, device=str(pick_device(config.device)))
     held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_HELD_OUT)
     intervals = model.intervals.uniform(config.num_experts)
     return Result(model, interval_losses(model, held, intervals, seed=config.seed)[0])
