@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse, refuse_moved
-from remixdit.cli.terminal import say
+from remixdit.cli.results import write_result
 
 __all__ = ["run"]
 
@@ -33,6 +34,4 @@ def run(args: Sequence[str]) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output must be a directory, got the file {output}")
     for name, figure in run_figures(arguments.run):
-        output.mkdir(parents=True, exist_ok=True)
-        save(figure, output / f"{name}.png")
-        say(f"wrote {output / name}.png")
+        write_result(output / f"{name}.png", partial(save, figure))

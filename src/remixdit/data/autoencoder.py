@@ -23,7 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Autoencoder", "LatentAutoencoder", "Pixels", "load_autoencoder", "scale_and_shift"]
+__all__ = [
+    "Autoencoder",
+    "LatentAutoencoder",
+    "Pixels",
+    "load_autoencoder",
+    "scale_and_shift",
+    "stored_name",
+]
 
 Spec = Mapping[str, Any]
 
@@ -132,12 +139,17 @@ def load_autoencoder(
         return _from_pretrained(str(spec)).to(device)
     autoencoder = _from_pretrained(spec["name"])
     for key, found in autoencoder.spec.items():
-        if spec.get(key, found) != found:
+        if key != "name" and spec.get(key, found) != found:  # the digest tells more than a path
             raise ValueError(
                 f"{key} of autoencoder {spec['name']} must be {spec[key]}, as its latents were "
                 f"made with, got {found}"
             )
     return autoencoder.to(device)
+
+
+def stored_name(name: str) -> str:
+    """Return the name under which an autoencoder is kept: of a directory the resolved path."""
+    return str(Path(name).resolve()) if name != "none" and Path(name).is_dir() else name
 
 
 def scale_and_shift(spec: Spec) -> tuple[Tensor, Tensor]:
@@ -163,7 +175,7 @@ def _from_pretrained(name: str) -> LatentAutoencoder:
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"autoencoder {name} cannot be loaded: {first_line}") from error
-    return LatentAutoencoder(network, str(Path(name).resolve()) if is_local else name)
+    return LatentAutoencoder(network, stored_name(name))
 
 
 def _quiet_diffusers() -> None:

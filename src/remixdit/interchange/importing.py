@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from remixdit.data.autoencoder import stored_name
 from remixdit.files import new_directory, refuse_occupied
 from remixdit.interchange.files import read_tensors
 from remixdit.interchange.layout import (
@@ -113,7 +114,7 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
         num_bases=num_bases,
         num_experts=num_experts,
         class_names=options.class_names,
-        autoencoder={"name": options.autoencoder},
+        autoencoder={"name": stored_name(options.autoencoder)},
         license=weights_license(options, metadata, path),
     )
     weights = {name: v.float() for name, v in state.items() if name != "pos_embed"}

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from remixdit.diffusion.dit import DiT
-from remixdit.files import write_file
+from remixdit.files import save_tensors, write_file
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
+from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig, noise_process
 from remixdit.model.switch import Switch
 
@@ -264,7 +265,7 @@ class RemixDiT(nn.Module):
         weights = {
             name: values.detach().cpu().contiguous() for name, values in self.weights().items()
         }
-        write_file(directory / "model.safetensors", lambda path: save_file(weights, path))
+        write_file(directory / "model.safetensors", lambda path: save_tensors(weights, path))
         write_model_files(directory, self.config)
 
     @classmethod
@@ -363,9 +364,9 @@ def write_model_files(directory: Path, config: RemixConfig) -> None:
 def model_card(config: RemixConfig) -> str:
     """Return the README.md of a model directory."""
     network = config.network
-    license_line = f"license: other\nlicense_name: {config.license}\n" if config.license else ""
     return (
-        f"---\nlibrary_name: remixdit\ntags: [diffusion, remix-dit]\n{license_line}---\n\n"
+        f"---\nlibrary_name: remixdit\ntags: [diffusion, remix-dit]\n"
+        f"{license_lines(config.license)}---\n\n"
         f"# Remix-DiT, {config.num_bases} bases, {config.num_experts} experts\n\n"
         f"{network.depth} blocks of width {network.hidden_size}, patch {network.patch_size}, "
         f"latents {network.in_channels}x{network.input_size}x{network.input_size}, "

@@ -15,6 +15,7 @@ both with timesteps stratified over the same intervals: they differ in the mixtu
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from remixdit.evaluation.losses import interval_losses, loss_matrix
 from remixdit.figures import plots
 from remixdit.figures.grids import image_grid
 from remixdit.figures.html import Block, Commands, Heading, Picture, Table, Text, write_report
+from remixdit.files import write_file
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.progress import Progress
@@ -253,9 +255,9 @@ def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
     for name, picture in pictures.items():
         path = config.output_dir / "figures" / f"{name}.png"
         if isinstance(picture, Image.Image):
-            picture.save(path)
+            write_file(path, partial(picture.save, format="png"))
         else:
-            plots.save(picture, path)
+            write_file(path, partial(plots.save, picture))
     blocks: list[Block] = [
         Text(INTRODUCTION.format(**vars(config))),
         Heading("Digits"),
