@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -94,7 +94,8 @@ def check_study(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / "config.json"
     if not path.is_file() and any(directory.iterdir()):
         raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
-    check_run(directory, settings, MAY_CHANGE)
+    defaults = {field.name: field.default for field in fields(StudyConfig)}
+    check_run(directory, settings, MAY_CHANGE, {k: v for k, v in defaults.items() if v != MISSING})
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
