@@ -343,10 +343,17 @@ def check_labels(class_labels: Tensor, num_classes: int) -> None:
 def download(repo_id: str) -> Path:
     """Download a model of the hub into the cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    owner, slash, name = repo_id.partition("/")
+    if not (owner and slash and name) or "/" in name or Path(owner).exists():
+        raise ValueError(f"model must be a directory or a model of the hub, got {repo_id!r}")
     try:
         return Path(snapshot_download(repo_id))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{repo_id} is no directory, and the Hugging Face Hub cannot be reached to look for it"
+        ) from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"model must be a directory or a model of the hub, got {repo_id!r}"
