@@ -4,12 +4,15 @@ What is written lies beside its place until it is whole and on the disk; then it
 process that is killed leaves at most such a `.partial`, which the next one replaces or removes.
 """
 
+import errno
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "PARTIAL_SUFFIX",
@@ -18,6 +21,7 @@ __all__ = [
     "partial_path",
     "put_in_place",
     "refuse_occupied",
+    "save_tensors",
     "whole_file",
     "write_file",
 ]
@@ -44,6 +48,10 @@ def whole_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     try:
         yield beside
         put_in_place(beside, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(beside)):
+            error.filename = str(path)  # the name that the user knows
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -95,10 +103,14 @@ def new_directory(directory: Path) -> Iterator[Path]:
         else:
             beside.rename(directory)
         sync(directory if exists else directory.parent)
-    except OSError as error:
+    except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(
             f"output must be a directory that can be written, got {directory}: {error.strerror}"
         ) from error
+    except OSError as error:
+        if error.errno:
+            error.filename = str(directory)
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -107,6 +119,34 @@ def refuse_occupied(directory: Path) -> None:
     """Refuse to write where anything is: it could be a model that took days to train."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"output must be a new or an empty directory, got {directory}")
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path, **metadata: str) -> None:
+    """Write a safetensors file as any other file is written.
+
+    On its own the library gives a file to its owner alone, whatever the umask allows, and raises
+    an error of its own where the disk is full.
+
+    Args:
+        tensors: Tensors by name.
+        path: The file; what was there is replaced.
+        metadata: Texts for the header.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, metadata or None)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+    path.chmod(mode)
 
 
 def file_digest(path: Path) -> str:

@@ -173,6 +173,18 @@ def test_figures_show_the_losses_and_the_matrix(model, data):
     np.testing.assert_allclose(shown, excess, rtol=1e-4, atol=1e-4)
 
 
+def test_bars_of_a_comparison_are_errors_of_paired_differences(model, data):
+    loaded = RemixDiT.from_pretrained(model)
+    held, _ = open_held_out(f"{data}/real.npz", loaded.config)
+    result = finish(evaluate_intervals(loaded, held, LossesConfig(), Rival("same", loaded)))
+    for number, row in enumerate(result["intervals"]):
+        row["difference"]["standard_error"] = 0.01 * (number + 1) * row["against"]["value"]
+    bars = interval_figure(result, "ours", "same").axes[1].collections
+    assert len(bars) == 1  # the model compared with has no difference from itself
+    heights = [high - low for (_, low), (_, high) in bars[0].get_segments()]
+    np.testing.assert_allclose(heights, [2.0 * (n + 1) for n in range(len(heights))])
+
+
 # of runs
 
 

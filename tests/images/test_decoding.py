@@ -284,7 +284,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFIN
 try:
     for progress in encode(source, sys.argv[2], EncodeConfig(image_size=32, shard_size=10)):
         pass
-except ValueError as error:
+except OSError as error:
     print(error)
 """
 
@@ -318,7 +318,7 @@ def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(tmp_path):
         pytest.skip("no right to mount a small disk")
     try:
         config = EncodeConfig(image_size=64, shard_size=10)
-        with pytest.raises(ValueError, match="No space left on device; finished shards stay"):
+        with pytest.raises(OSError, match="No space left on device; finished shards stay"):
             list(encode(open_source(tmp_path / "a.npz"), disk / "out", config))
         kept = sorted(path.name for path in (disk / "out").glob("*.npy*"))
         assert kept == [f"latents-0000{number}.npy" for number in range(4)]
@@ -333,7 +333,7 @@ def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(tmp_path):
 def test_an_output_without_permission_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", np.zeros((3, 32, 32, 3), np.uint8))
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ValueError, match=r"cannot write .*locked/out: Permission denied"):
+    with pytest.raises(OSError, match=r"cannot write .*locked/out: Permission denied"):
         list(
             encode(
                 open_source(tmp_path / "a.npz"),

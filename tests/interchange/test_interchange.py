@@ -213,7 +213,7 @@ def test_the_licence_of_the_released_weights_is_assumed_with_a_warning(tmp_path,
     path = saved(published(tiny_dit()), tmp_path)
     run_import(ImportConfig(source=path, output=tmp_path / "model", num_heads=2))
     assert RemixDiT.from_pretrained(tmp_path / "model").config.license == "cc-by-nc-4.0"
-    assert "license_name: cc-by-nc-4.0" in (tmp_path / "model" / "README.md").read_text()
+    assert "\nlicense: cc-by-nc-4.0\n" in (tmp_path / "model" / "README.md").read_text()
     assert "cc-by-nc-4.0" in caplog.text
     assert "--license" in caplog.text
 

@@ -248,3 +248,13 @@ def test_full_disk_ends_in_one_line_and_the_run_goes_on(data, unbroken, tmp_path
     assert checkpoint_steps(tmp_path / "run") == [5]
     remixdit(line)
     assert_equal_runs(tmp_path / "run", unbroken)
+
+
+def test_a_run_that_encoded_its_data_goes_on_without_their_source(tmp_path, capsys):
+    source = write_npz(tmp_path / "pictures.npz")
+    line = f"train tiny --output-dir {tmp_path}/run --num-bases 1 --num-experts 1"
+    remixdit(f"{line} --data {source} --steps 2")
+    source.unlink()
+    remixdit(f"{line} --data {source} --steps 3")
+    assert checkpoint_steps(tmp_path / "run")[-1] == 3
+    assert "other.npz" in refusal(f"{line} --data {tmp_path}/other.npz --steps 4", capsys)

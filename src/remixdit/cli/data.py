@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse
-from remixdit.cli.terminal import follow, say, show
+from remixdit.cli.results import write_result
+from remixdit.cli.terminal import follow, show
 from remixdit.data.check import check
 from remixdit.figures.text import one_line
 
@@ -39,7 +41,6 @@ def run(args: Sequence[str]) -> None:
     report = follow(check(arguments.directory), {"check": "files"})
     show("\n".join(map(one_line, report.summary())))
     if output is not None and report.contact_sheet is not None:
-        report.contact_sheet.save(output)
-        say(f"wrote {output}")
+        write_result(output, partial(report.contact_sheet.save, format="png"))
     if report.problems:
         raise ValueError(f"{arguments.directory} has {len(report.problems)} problems")

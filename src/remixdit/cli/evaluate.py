@@ -119,7 +119,11 @@ def evaluate(arguments: EvaluateArguments) -> None:
         result = of_model(arguments, device)
     else:
         subject = files_subject(
-            arguments.checkpoint, arguments.num_images, arguments.image_size, arguments.seed
+            arguments.checkpoint,
+            arguments.num_images,
+            arguments.image_size,
+            arguments.seed,
+            device,
         )
         result = scored(arguments, subject, device)
     distributed.barrier()

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse, refuse_moved
 from remixdit.cli.checkpoints import newest_weights
-from remixdit.cli.terminal import say
+from remixdit.cli.results import write_result
 from remixdit.model.loading import newest_checkpoint
 
 __all__ = ["run"]
@@ -37,6 +38,4 @@ def run(args: Sequence[str]) -> None:
     if newest_checkpoint(arguments.run) is not None:
         newest_weights(str(arguments.run))  # says which step the coefficients are of
     for name, figure in run_figures(arguments.run):
-        output.mkdir(parents=True, exist_ok=True)
-        save(figure, output / f"{name}.png")
-        say(f"wrote {output / name}.png")
+        write_result(output / f"{name}.png", partial(save, figure))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from remixdit.data.autoencoder import stored_name
 from remixdit.files import new_directory, refuse_occupied
 from remixdit.interchange.files import read_tensors
 from remixdit.interchange.layout import (
@@ -167,7 +168,7 @@ def stated_json(stated: Mapping[str, str], name: str, default: Any) -> Any:
 def weights_autoencoder(options: ImportOptions, stated: Mapping[str, str]) -> Mapping[str, Any]:
     """Return the autoencoder of the latents: as given, else as the file says."""
     if options.autoencoder != "none":
-        return {"name": options.autoencoder}
+        return {"name": stored_name(options.autoencoder)}
     found = stated_json(stated, "autoencoder", {})
     return found if isinstance(found.get("name"), str) else {"name": "none"}
 

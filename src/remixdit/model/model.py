@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from remixdit.diffusion.dit import DiT
-from remixdit.files import write_file
+from remixdit.files import save_tensors, write_file
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
+from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig, noise_process
 from remixdit.model.switch import Switch
 
@@ -265,7 +266,7 @@ class RemixDiT(nn.Module):
         weights = {
             name: values.detach().cpu().contiguous() for name, values in self.weights().items()
         }
-        write_file(directory / "model.safetensors", lambda path: save_file(weights, path))
+        write_file(directory / "model.safetensors", lambda path: save_tensors(weights, path))
         write_model_files(directory, self.config)
 
     @classmethod
@@ -343,10 +344,17 @@ def check_labels(class_labels: Tensor, num_classes: int) -> None:
 def download(repo_id: str) -> Path:
     """Download a model of the hub into the cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    owner, slash, name = repo_id.partition("/")
+    if not (owner and slash and name) or "/" in name or Path(owner).exists():
+        raise ValueError(f"model must be a directory or a model of the hub, got {repo_id!r}")
     try:
         return Path(snapshot_download(repo_id))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{repo_id} is no directory, and the Hugging Face Hub cannot be reached to look for it"
+        ) from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"model must be a directory or a model of the hub, got {repo_id!r}"
@@ -364,9 +372,9 @@ def write_model_files(directory: Path, config: RemixConfig) -> None:
 def model_card(config: RemixConfig) -> str:
     """Return the README.md of a model directory."""
     network = config.network
-    license_line = f"license: other\nlicense_name: {config.license}\n" if config.license else ""
     return (
-        f"---\nlibrary_name: remixdit\ntags: [diffusion, remix-dit]\n{license_line}---\n\n"
+        f"---\nlibrary_name: remixdit\ntags: [diffusion, remix-dit]\n"
+        f"{license_lines(config.license)}---\n\n"
         f"# Remix-DiT, {config.num_bases} bases, {config.num_experts} experts\n\n"
         f"{network.depth} blocks of width {network.hidden_size}, patch {network.patch_size}, "
         f"latents {network.in_channels}x{network.input_size}x{network.input_size}, "

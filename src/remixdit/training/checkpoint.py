@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from remixdit.distributed.parallel import checksum_of, fill, whole
-from remixdit.files import write_file
+from remixdit.files import save_tensors, write_file
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import checkpoints, damage_named
 from remixdit.model.model import RemixDiT, write_model_files
@@ -81,7 +80,7 @@ class Writer:
         beside.mkdir(parents=True)
         write_model_files(beside, config)
         for name, tensors in parts.items():
-            save_file(tensors, beside / f"{name}.safetensors")
+            save_tensors(tensors, beside / f"{name}.safetensors")
         (beside / "state.json").write_text(json.dumps({"step": step}) + "\n")
         for path in beside.iterdir():
             sync(path)
@@ -138,7 +137,7 @@ def put(tensors: Tensors, name: str, values: Tensor, keeps: bool) -> None:
 def write_model(directory: Path, config: RemixConfig, weights: Tensors) -> None:
     """Write a model directory; each file is written beside and then renamed."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / "model.safetensors", lambda path: save_file(weights, path))
+    write_file(directory / "model.safetensors", lambda path: save_tensors(weights, path))
     write_model_files(directory, config)
 
 

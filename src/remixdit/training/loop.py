@@ -17,15 +17,22 @@ A run is a directory:
 import json
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 
 from remixdit import distributed
-from remixdit.data import EncodeConfig, ShardDataset, check_batch_size, prepare
+from remixdit.data import (
+    EncodeConfig,
+    ShardDataset,
+    check_batch_size,
+    is_shard_dir,
+    prepare,
+)
 from remixdit.distributed import Ranks
 from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.progress import Progress, finish
 from remixdit.training.config import MAY_CHANGE, TrainConfig
 from remixdit.training.recorder import Recorder, is_due
-from remixdit.training.run import DATA_DIR, check_run, claim_run
+from remixdit.training.run import DATA_DIR, check_run, claim_run, is_same, stated_settings
 from remixdit.training.start import (
     outline_of,
     run_settings,
@@ -140,11 +147,20 @@ def open_dataset(
 ) -> Generator[Progress, None, ShardDataset]:
     """Open the shards, or encode the images of a source once into the run's directory."""
     encode = EncodeConfig(image_size=image_size, seed=config.seed, strict=config.strict)
-    cache = config.output_dir / DATA_DIR
+    cache, source = config.output_dir / DATA_DIR, needed_source(config)
     if ranks.is_first:
-        tell_of_skipped(config, (yield from prepare(config.data, cache, encode)))
+        tell_of_skipped(config, (yield from prepare(source, cache, encode)))
     distributed.barrier()
-    return finish(prepare(config.data, cache, encode))
+    return finish(prepare(source, cache, encode))
+
+
+def needed_source(config: TrainConfig) -> str:
+    """Return where to read the data: a run that has encoded them does without their source."""
+    cache, stated = config.output_dir / DATA_DIR, stated_settings(config.output_dir) or {}
+    is_gone = not Path(config.data).exists()
+    if is_gone and is_shard_dir(cache) and is_same("data", stated.get("data"), config.data):
+        return str(cache)
+    return config.data
 
 
 def tell_of_skipped(config: TrainConfig, dataset: ShardDataset) -> None:

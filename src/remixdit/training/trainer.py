@@ -164,7 +164,7 @@ class Training:
             num_inference_steps=output.sample_inference_steps,
             seed=self.config.seed,
         )
-        autoencoder = load_autoencoder(self.model.config.autoencoder)
+        autoencoder = load_autoencoder(self.model.config.autoencoder, self.device)
         with self.average.swapped_in():
             batches = list(sample(self.model, autoencoder, sampling))
         labels = [int(label) for batch in batches for label in batch.class_labels]
