@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from remixdit.model.config import RemixConfig
+from remixdit.model.config import RemixConfig, read_config
 from remixdit.model.model import RemixDiT
+from remixdit.model.state import STATE_FILE, check_whole
 
 __all__ = [
     "Found",
@@ -58,17 +58,15 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
     if found is None:
         return RemixDiT.from_pretrained(path, device)
     with damage_named(found.directory):
-        if found.weights == "model.safetensors":
-            return RemixDiT.from_pretrained(found.directory, device)
-        model = RemixDiT.empty(model_config(found.directory))
-        model.load_weights(load_file(found.directory / found.weights))
-        return model.to(device).eval()
+        if (found.directory / STATE_FILE).is_file():
+            check_whole(found.directory, ("config.json", found.weights))
+        return RemixDiT.from_directory(found.directory, found.weights, device)
 
 
 def model_config(directory: Path) -> RemixConfig:
     """Return the configuration of a checkpoint's model."""
     with damage_named(directory):
-        return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
+        return read_config(directory)
 
 
 @contextmanager

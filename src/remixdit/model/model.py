@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from remixdit.files import write_file
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
-from remixdit.model.config import RemixConfig, noise_process
+from remixdit.model.config import RemixConfig, noise_process, read_config
 from remixdit.model.switch import Switch
 
 __all__ = ["RemixDiT", "download", "write_model_files"]
@@ -280,17 +281,19 @@ class RemixDiT(nn.Module):
         directory = Path(name_or_path)
         if not directory.is_dir():
             directory = download(str(name_or_path))
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"model directory must hold a config.json, got {directory}")
-        values = json.loads((directory / "config.json").read_text("utf-8"))
-        try:
-            config = RemixConfig.from_json(values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"config.json must describe a remixdit model, got {directory}"
-            ) from error
-        model = cls.empty(config)
-        model.load_weights(load_file(directory / "model.safetensors"))
+        return cls.from_directory(directory, "model.safetensors", device)
+
+    @classmethod
+    def from_directory(cls, directory: Path, weights: str, device: str | torch.device) -> Self:
+        """Load a local model.
+
+        Args:
+            directory: A model directory or a checkpoint.
+            weights: Name of the file of its weights.
+            device: Device of the weights.
+        """
+        model = cls.empty(read_config(directory))
+        model.load_weights(read_weights(directory / weights))
         return model.to(device).eval()
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
@@ -316,6 +319,25 @@ class RemixDiT(nn.Module):
             raise ValueError(f"timesteps must be ({len(latents)},), got {tuple(timesteps.shape)}")
         if class_labels is not None:
             check_labels(class_labels, network.num_classes)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a file; refuse those with which nothing can be computed."""
+    if not path.is_file():
+        raise ValueError(f"model must have whole files, got {path.parent}: no {path.name}")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a lying header
+        raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error
+    dtypes = {values.dtype for values in weights.values()}
+    if len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        named = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"weights of {path} must be of one floating dtype, got {named}")
+    for name, values in weights.items():
+        # A sum is the cheapest look at every number; it may overflow where they are finite.
+        if not values.sum().isfinite() and not values.isfinite().all():
+            raise ValueError(f"{name} of {path} must be finite, got NaN or infinity")
+    return weights
 
 
 def check_same_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
