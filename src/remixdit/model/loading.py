@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from remixdit.model.config import RemixConfig, read_config
 from remixdit.model.model import RemixDiT
 from remixdit.model.state import STATE_FILE, check_whole
+from remixdit.model.validation import brief
 
 __all__ = [
     "Found",
@@ -80,7 +81,7 @@ def damage_named(directory: Path) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(f"model must have whole files, got {directory}: no {error}") from error
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"model must have whole files, got {directory}: {error}") from error
+        raise ValueError(f"model must have whole files, got {directory}: {brief(error)}") from error
 
 
 def find_model(path: Path, ema: bool = True) -> Found | None:

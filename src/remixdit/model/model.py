@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from remixdit.diffusion.dit import DiT
@@ -27,6 +26,7 @@ from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
 from remixdit.model.config import RemixConfig, noise_process, read_config
 from remixdit.model.switch import Switch
+from remixdit.model.weights import check_same_shapes, read_weights
 
 __all__ = ["RemixDiT", "download", "write_model_files"]
 
@@ -319,37 +319,6 @@ class RemixDiT(nn.Module):
             raise ValueError(f"timesteps must be ({len(latents)},), got {tuple(timesteps.shape)}")
         if class_labels is not None:
             check_labels(class_labels, network.num_classes)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights in a file; refuse those with which nothing can be computed."""
-    if not path.is_file():
-        raise ValueError(f"model must have whole files, got {path.parent}: no {path.name}")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a lying header
-        raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error
-    dtypes = {values.dtype for values in weights.values()}
-    if len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        named = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(f"weights of {path} must be of one floating dtype, got {named}")
-    for name, values in weights.items():
-        # A sum is the cheapest look at every number; it may overflow where they are finite.
-        if not values.sum().isfinite() and not values.isfinite().all():
-            raise ValueError(f"{name} of {path} must be finite, got NaN or infinity")
-    return weights
-
-
-def check_same_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are missing, unknown or of another shape."""
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(f"weights must match the model: missing {missing}, extra {extra}")
-    for name, values in own.items():
-        if values.shape != given[name].shape:
-            raise ValueError(
-                f"{name} must have the shape {tuple(values.shape)}, got {tuple(given[name].shape)}"
-            )
 
 
 def check_labels(class_labels: Tensor, num_classes: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from remixdit.files import file_digest
-from remixdit.model.validation import check_fields, json_object
+from remixdit.model.validation import brief, check_fields, json_object
 
 __all__ = ["STATE_FILE", "State", "check_whole", "read_state", "write_state"]
 
@@ -102,4 +102,4 @@ def check_length(path: Path) -> None:
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error
+        raise ValueError(f"{path} must be a whole safetensors file, got: {brief(error)}") from error

@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_fields", "fits", "json_object", "shown", "wanted"]
+__all__ = ["brief", "check_fields", "fits", "json_object", "shown", "wanted"]
 
 MAX_JSON_BYTES = 2**26  # as objects they take up to twenty times as much
 MAX_TEXT = 10_000  # characters of a text
@@ -27,7 +27,9 @@ def json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold a JSON object, got {shown(text)}: {error}") from error
+        raise ValueError(
+            f"{path} must hold a JSON object, got {shown(text)}: {brief(error)}"
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {shown(values)}")
     return values
@@ -98,6 +100,12 @@ def wanted(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"a list ({wanted(parts[0])} each)"
     return KINDS.get(hint, "null" if hint is type(None) else "an object")
+
+
+def brief(error: Exception, most: int = 200) -> str:
+    """Return an error of a library, which may repeat all of a forged file, short and printable."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(error))
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def shown(value: Any, most: int = 40) -> str:
