@@ -1,5 +1,6 @@
 """Model directories that others may have written: one sentence, or a model."""
 
+import copy
 import json
 import random
 import resource
@@ -221,7 +222,7 @@ def mutated_json(generator: random.Random, text: str) -> str:
             elif isinstance(place, dict) and generator.random() < 0.3:
                 place[generator.choice(["pace", key.upper()])] = place.pop(key)
             else:
-                place[key] = generator.choice(VALUES)
+                place[key] = copy.deepcopy(generator.choice(VALUES))
             break
     text = json.dumps(values)
     return (

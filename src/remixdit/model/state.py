@@ -56,7 +56,7 @@ def read_state(directory: Path) -> State:
     """Return the state of a checkpoint."""
     path = directory / STATE_FILE
     if not path.is_file():
-        raise ValueError(f"checkpoint must have whole files, got {directory}: no {STATE_FILE}")
+        raise ValueError(f"model must have whole files, got {directory}: no {STATE_FILE}")
     values = json_object(path)
     check_fields(State, values, str(path), largest={"step": MOST, "skipped_steps": MOST})
     state = State(**values)
@@ -86,7 +86,7 @@ def check_whole(directory: Path, names: Sequence[str] = FILES) -> State:
     for name in names:
         path = directory / name
         if not path.is_file():
-            raise ValueError(f"checkpoint must have whole files, got {directory}: no {name}")
+            raise ValueError(f"model must have whole files, got {directory}: no {name}")
         if state.digests and file_digest(path) != state.digests.get(name):
             raise ValueError(
                 f"{path} must have the sha256 that {STATE_FILE} states, got another: it is damaged"

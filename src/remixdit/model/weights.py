@@ -19,7 +19,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = load_file(path)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a lying header
-        raise ValueError(f"{path} must be a whole safetensors file, got: {brief(error)}") from error
+        raise ValueError(
+            f"model must have whole files, got {path.parent}: {path.name}: {brief(error)}"
+        ) from error
     dtypes = {values.dtype for values in weights.values()}
     if len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes):
         named = ", ".join(sorted(map(str, dtypes)))
