@@ -228,12 +228,6 @@ def test_finished_run_says_so(data, unbroken, capsys):
     assert stated["output"]["log_every"] == 7
 
 
-def test_diverged_training_ends_in_one_line(data, tmp_path, capsys):
-    line = f"train tiny --data {data} --output-dir {tmp_path}/run --learning-rate 1e30"
-    message = refusal(f"{line} --log-every 1", capsys, code=1)
-    assert message.startswith("training diverged: the loss is ")
-
-
 def test_full_disk_ends_in_one_line_and_the_run_goes_on(data, unbroken, tmp_path, capsys):
     resource = pytest.importorskip("resource")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

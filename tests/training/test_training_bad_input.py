@@ -280,10 +280,13 @@ DAMAGE = {
     "metrics.jsonl": (b"garbage\n", "line 1 of {run}/metrics.jsonl must hold a JSON object, got "),
     "data/index.json": (b"garbage", "{run}/data/index.json is no index of shards: "),
     "data/latents-00000.npy": (None, "shard {run}/data/latents-00000.npy cannot be read: "),
-    "checkpoints/step-00000002/state.json": (b"{}", "{whole}/checkpoints/step-00000002: no 'step'"),
+    "checkpoints/step-00000002/state.json": (
+        b"{}",
+        "{run}/checkpoints/step-00000002/state.json must state step, got none",
+    ),
     "checkpoints/step-00000002/ema.safetensors": (
         b"",
-        "{whole}/checkpoints/step-00000002: Error while deserializing header: ",
+        "{run}/checkpoints/step-00000002/ema.safetensors must have the sha256",
     ),
     "checkpoints/step-00000002": (None, "{whole}/checkpoints/step-00000002: no state.json"),
 }

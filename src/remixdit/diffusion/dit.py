@@ -64,6 +64,8 @@ class DiTConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.hidden_size * self.mlp_ratio >= 1:  # so that NaN fails too
+            raise ValueError(f"mlp_ratio must give a hidden layer, got {self.mlp_ratio}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
         if self.input_size % self.patch_size:

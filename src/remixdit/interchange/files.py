@@ -103,4 +103,18 @@ def state_dict_in(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
             "checkpoint must hold a state dict, alone or under ema or model, got other things "
             f"than tensors under {', '.join(others[:5])} in {path}"
         )
-    return {str(name): value for name, value in content.items()}
+    found = {str(name): value for name, value in content.items()}
+    for name, values in found.items():
+        check_tensor(name, values, path)
+    return found
+
+
+def check_tensor(name: str, values: Tensor, path: Path) -> None:
+    """Refuse a tensor that is no plain array, or claims more numbers than the file has."""
+    place = f"{ascii(name)[:80]} of {path}"
+    if values.layout != torch.strided or values.is_meta or values.is_quantized:
+        kind = "meta" if values.is_meta else "quantized" if values.is_quantized else values.layout
+        raise ValueError(f"{place} must be a dense tensor, got {kind}")
+    claimed, held = values.numel() * values.itemsize, values.untyped_storage().nbytes()
+    if claimed > held:
+        raise ValueError(f"{place} must hold its {claimed:,} bytes in the file, got {held:,}")

@@ -1,6 +1,5 @@
 """Facts about a model: sizes, intervals, coefficients and cost, without loading its bases."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from remixdit.diffusion.costs import forward_flops, training_flops
-from remixdit.model.config import RemixConfig
+from remixdit.model.config import RemixConfig, read_config
 from remixdit.model.loading import Found, damage_named, find_model
 from remixdit.model.model import download
 
@@ -32,25 +31,31 @@ def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
 
 def facts_of(found: Found) -> dict[str, Any]:
     """Return the facts in the files of a model."""
-    config = RemixConfig.from_json(json.loads((found.directory / "config.json").read_text("utf-8")))
+    config = read_config(found.directory)
     weights = found.directory / found.weights
     return {
         "weights": str(weights),
         "step": found.step,
         **config.to_json(),
         "coefficient_kind": config.coefficients,
-        "coefficients": coefficients_in(weights, config.coefficients),
+        "coefficients": coefficients_in(weights, config),
         "parameters": count_parameters(weights, config.num_bases),
         "forward_flops_per_image": forward_flops(config.network),
         "training_flops_per_image": training_flops(config.network),
     }
 
 
-def coefficients_in(weights: Path, kind: str) -> Any:
+def coefficients_in(weights: Path, config: RemixConfig) -> Any:
     """Return the (N, K) coefficients, or (L, N, K) with a table for each block, as lists."""
     with safe_open(weights, "pt") as file:
+        shape = file.get_slice("logits").get_shape() if "logits" in file.keys() else None  # noqa: SIM118
+        own = [config.num_experts, config.num_bases]
+        if shape is None or shape[-2:] != own or len(shape) != 2 + config.per_block:
+            raise ValueError(f"logits of {weights} must have the shape {own}, got {shape}")
         logits: torch.Tensor = file.get_tensor("logits")
-    return (logits.softmax(-1) if kind == "softmax" else logits).tolist()
+    if not logits.isfinite().all():
+        raise ValueError(f"logits of {weights} must be finite, got NaN or infinity")
+    return (logits.softmax(-1) if config.coefficients == "softmax" else logits).tolist()
 
 
 def count_parameters(weights: Path, num_bases: int) -> dict[str, int]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from remixdit.model.config import RemixConfig
+from remixdit.model.config import RemixConfig, read_config
 from remixdit.model.model import RemixDiT, download
+from remixdit.model.state import STATE_FILE, check_whole, read_state
+from remixdit.model.validation import brief
 
 __all__ = [
     "Found",
@@ -37,11 +38,10 @@ class Found:
     @property
     def step(self) -> int | None:
         """Number of optimizer steps done, None for a model, which does not state it."""
-        state = self.directory / "state.json"
-        if not state.is_file():
+        if not (self.directory / STATE_FILE).is_file():
             return None
         with damage_named(self.directory):
-            return int(json.loads(state.read_text("utf-8"))["step"])
+            return read_state(self.directory).step
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -68,17 +68,15 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
     if found is None:
         return RemixDiT.from_pretrained(path, device)
     with damage_named(found.directory):
-        if found.weights == "model.safetensors":
-            return RemixDiT.from_pretrained(found.directory, device)
-        model = RemixDiT.empty(model_config(found.directory))
-        model.load_weights(load_file(found.directory / found.weights))
-        return model.to(device).eval()
+        if (found.directory / STATE_FILE).is_file():
+            check_whole(found.directory, ("config.json", found.weights))
+        return RemixDiT.from_directory(found.directory, found.weights, device)
 
 
 def model_config(directory: Path) -> RemixConfig:
     """Return the configuration of a checkpoint's model."""
     with damage_named(directory):
-        return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
+        return read_config(directory)
 
 
 def stated_config(path: str | Path) -> RemixConfig:
@@ -98,7 +96,7 @@ def damage_named(directory: Path) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(f"model must have whole files, got {directory}: no {error}") from error
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"model must have whole files, got {directory}: {error}") from error
+        raise ValueError(f"model must have whole files, got {directory}: {brief(error)}") from error
 
 
 def find_model(path: Path, ema: bool = True) -> Found | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from remixdit.diffusion.dit import DiT
@@ -25,8 +24,9 @@ from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
 from remixdit.model.card import license_lines
-from remixdit.model.config import RemixConfig, noise_process
+from remixdit.model.config import RemixConfig, noise_process, read_config
 from remixdit.model.switch import Switch
+from remixdit.model.weights import check_same_shapes, read_weights
 
 __all__ = ["RemixDiT", "download", "write_model_files"]
 
@@ -282,17 +282,19 @@ class RemixDiT(nn.Module):
         directory = Path(name_or_path)
         if not directory.is_dir():
             directory = download(str(name_or_path))
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"model directory must hold a config.json, got {directory}")
-        values = json.loads((directory / "config.json").read_text("utf-8"))
-        try:
-            config = RemixConfig.from_json(values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"config.json must describe a remixdit model, got {directory}"
-            ) from error
-        model = cls.empty(config)
-        model.load_weights(load_file(directory / "model.safetensors"))
+        return cls.from_directory(directory, "model.safetensors", device)
+
+    @classmethod
+    def from_directory(cls, directory: Path, weights: str, device: str | torch.device) -> Self:
+        """Load a local model.
+
+        Args:
+            directory: A model directory or a checkpoint.
+            weights: Name of the file of its weights.
+            device: Device of the weights.
+        """
+        model = cls.empty(read_config(directory))
+        model.load_weights(read_weights(directory / weights))
         return model.to(device).eval()
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
@@ -318,18 +320,6 @@ class RemixDiT(nn.Module):
             raise ValueError(f"timesteps must be ({len(latents)},), got {tuple(timesteps.shape)}")
         if class_labels is not None:
             check_labels(class_labels, network.num_classes)
-
-
-def check_same_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are missing, unknown or of another shape."""
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(f"weights must match the model: missing {missing}, extra {extra}")
-    for name, values in own.items():
-        if values.shape != given[name].shape:
-            raise ValueError(
-                f"{name} must have the shape {tuple(values.shape)}, got {tuple(given[name].shape)}"
-            )
 
 
 def check_labels(class_labels: Tensor, num_classes: int) -> None:

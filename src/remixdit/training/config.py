@@ -28,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
     *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
-    *("compile", "micro_batch_size"),
+    *("compile", "micro_batch_size", "allow_older"),
 }
 
 
@@ -209,6 +209,8 @@ class TrainConfig:
     """Refuse data with unreadable images instead of leaving those images out."""
     new_labels: bool = False
     """Learn a new class embedding, for data with other classes than the model to start from."""
+    allow_older: bool = False
+    """Resume from the newest whole checkpoint if newer ones are damaged; these are set aside."""
     seed: int = 0
     """Seed for weights, data order, timesteps and noise."""
     device: str = "auto"

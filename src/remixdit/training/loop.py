@@ -30,6 +30,7 @@ from remixdit.data import (
 from remixdit.distributed import Ranks
 from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.progress import Progress, finish
+from remixdit.training.checkpoint import refuse_damaged
 from remixdit.training.config import MAY_CHANGE, TrainConfig
 from remixdit.training.recorder import Recorder, is_due
 from remixdit.training.run import DATA_DIR, check_run, claim_run, is_same, stated_settings
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
     check_batch_size(config.batch_size, ranks.num_ranks)
+    refuse_damaged(config.output_dir, config.allow_older, ranks.is_first)
     check_steps(config)
     check_shard_size(config, ranks)
     start = starting_model(config, outline_of(config))

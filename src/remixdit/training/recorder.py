@@ -82,7 +82,8 @@ class Recorder:
             training.model, training.optimizer, training.average, self.writes
         )
         if self.writes:
-            self.writer.write(training.step, training.model.config, parts)
+            skipped = training.skipped.total()
+            self.writer.write(training.step, training.model.config, parts, skipped)
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         tables = whole(self.training.model.experts.logits.detach())  # by all, if it is sharded
