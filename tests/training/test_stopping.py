@@ -159,3 +159,9 @@ def test_old_runs_do_not_state_how_they_are_stopped(data, tmp_path):
     del settings["output"]["save_minutes"], settings["output"]["stop_after"]
     path.write_text(json.dumps(settings))
     remixdit(f"{line} --steps 2 --save-minutes 1 --stop-after 9h")
+
+
+def test_a_study_is_refused_under_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refusal("study table2", capsys)
+    assert message == "study must run in one process, without torchrun, got 2 processes"

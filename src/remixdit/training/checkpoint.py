@@ -87,7 +87,10 @@ class Writer:
         final = self.run_dir / "checkpoints" / f"step-{step:08d}"
         beside = partial_path(final)
         try:
-            make_directory(final.parent)
+            # Neither is made anew in a run that somebody has removed.
+            sync(self.run_dir / "config.json")
+            final.parent.mkdir(exist_ok=True)
+            sync(self.run_dir)
             shutil.rmtree(beside, ignore_errors=True)
             self._fill(beside, step, config, parts)
             # Whoever resumes from this checkpoint relies on the lines before it.

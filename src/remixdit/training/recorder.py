@@ -4,6 +4,7 @@ The first process writes. All processes gather sharded tensors, so all of them c
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -135,6 +136,9 @@ class Board:
 
     def __init__(self, directory: Path, first_step: int) -> None:
         self.directory = directory / "tensorboard"
+        self.excepthook = threading.excepthook
+        # Its thread raises what it met in our next call too, where it becomes a warning.
+        threading.excepthook = self._hear
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer: SummaryWriter | None = None
@@ -170,6 +174,11 @@ class Board:
         if self.writer is not None:
             with self._only_warned():
                 self.writer.close()
+        threading.excepthook = self.excepthook
+
+    def _hear(self, error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+            self.excepthook(error)
 
     def _add(self, method: str, *facts: Any, **options: Any) -> None:
         if self.writer is not None:
