@@ -19,10 +19,11 @@ from tests.processes import (
     OPTIONS,
     RUNS,
     assert_close_runs,
-    command,
     environment,
     free_port,
     launch,
+    start_processes,
+    worker_pids,
 )
 from tests.tiny import tiny_dit
 
@@ -268,21 +269,10 @@ def test_a_wrong_request_ends_in_one_line(options, message, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def worker_pids(torchrun: int) -> list[int]:
-    """Return the processes that torchrun started, in the order of their ranks."""
-    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
-    environments = {
-        int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children
-    }
-    return sorted(environments, key=lambda pid: b"RANK=1" in environments[pid])
-
-
 def start_long_run(line: str, run: Path) -> "subprocess.Popen[str]":
     """Start a run on two processes, and wait until it has a checkpoint."""
     options = f"--steps 100000 --save-every 1 --keep-checkpoints 2 --output-dir {run}"
-    process = subprocess.Popen(
-        command(f"{line} {options}", 2), stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = start_processes(f"{line} {options}")
     wait_for_checkpoint(run)
     return process
 

@@ -277,7 +277,6 @@ def test_run_beside_shards_is_accepted(tmp_path):
 
 DAMAGE = {
     "config.json": (b"garbage", "{run}/config.json must hold a JSON object, got 'garbage': "),
-    "metrics.jsonl": (b"garbage\n", "line 1 of {run}/metrics.jsonl must hold a JSON object, got "),
     "data/index.json": (b"garbage", "{run}/data/index.json is no index of shards: "),
     "data/latents-00000.npy": (None, "shard {run}/data/latents-00000.npy cannot be read: "),
     "checkpoints/step-00000002/state.json": (

@@ -1,7 +1,7 @@
 """The command line: find the command, run it, turn what went wrong into one line.
 
 Exit codes: 0 done; 1 the machine failed (a full disk, too little memory); 2 the request makes no
-sense; 130 interrupted. Results go to stdout, all else to stderr.
+sense; 75 training was stopped and saved; 130 interrupted. Results go to stdout, all else to stderr.
 """
 
 import logging

@@ -1,5 +1,6 @@
 """`remixdit study NAME`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import fill
@@ -46,6 +47,8 @@ def run(args: Sequence[str]) -> None:
         variants = (f"  {name:22}{variant.summary}" for name, variant in VARIANTS.items())
         print(HELP.format(studies="\n".join(studies), variants="\n".join(variants)), end="")
         return
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"study must run in one process, without torchrun, got {count} processes")
     config = base_config(parse(StudyArguments, args, "study"), StudyConfig)
     newest_weights(config.init_from)  # says which step the variants start from
     try:

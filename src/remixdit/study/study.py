@@ -222,6 +222,7 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
         output=OutputConfig(
             log_every=max(1, min(50, steps // 2)),
             save_every=max(1, steps // 2),
+            save_minutes=0,  # the checkpoint of half of the steps must not be pruned
             keep_checkpoints=3,
             tensorboard=False,
         ),

@@ -13,7 +13,6 @@ process, one at a time, and written in a thread during the next steps.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,12 +24,20 @@ from torch import Tensor
 
 from remixdit.distributed import agree, barrier
 from remixdit.distributed.parallel import checksum_of, fill, whole
-from remixdit.files import save_tensors, write_file
+from remixdit.files import (
+    make_directory,
+    partial_path,
+    remove,
+    save_tensors,
+    sync,
+    write_file,
+)
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import checkpoints, damage_named, steps_done
 from remixdit.model.model import RemixDiT, write_model_files
 from remixdit.model.state import State, check_whole, read_state, write_state
 from remixdit.training.average import Average
+from remixdit.training.run import sync_metrics
 
 __all__ = ["Writer", "gathered", "refuse_damaged", "restore", "write_model"]
 
@@ -53,6 +60,7 @@ class Writer:
         self.run_dir, self.keep = run_dir, keep
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
+        self.saved: int | None = None  # the step of the last one that is whole
 
     def write(
         self, step: int, config: RemixConfig, parts: dict[str, Tensors], skipped_steps: int
@@ -74,6 +82,11 @@ class Writer:
         if pending is not None:
             pending.result()
 
+    def check(self) -> None:
+        """Raise an error that happened while a checkpoint was written, without waiting."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
     def close(self) -> None:
         """Wait, and end the thread."""
         try:
@@ -85,20 +98,47 @@ class Writer:
         self, step: int, config: RemixConfig, parts: dict[str, Tensors], skipped_steps: int
     ) -> None:
         final = self.run_dir / "checkpoints" / f"step-{step:08d}"
-        beside = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        beside = partial_path(final)
+        try:
+            # Neither is made anew in a run that somebody has removed.
+            sync(self.run_dir / "config.json")
+            final.parent.mkdir(exist_ok=True)
+            sync(self.run_dir)
+            shutil.rmtree(beside, ignore_errors=True)
+            self._fill(beside, step, config, parts, skipped_steps)
+            # Whoever resumes from this checkpoint relies on the lines before it.
+            sync_metrics(self.run_dir)
+            if final.exists():
+                remove(final)
+            beside.rename(final)
+            sync(final.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.saved = step
+        self._prune()
+
+    def _fill(
+        self,
+        beside: Path,
+        step: int,
+        config: RemixConfig,
+        parts: dict[str, Tensors],
+        skipped_steps: int,
+    ) -> None:
+        beside.mkdir()
         write_model_files(beside, config)
         for name, tensors in parts.items():
             save_tensors(tensors, beside / f"{name}.safetensors")
         write_state(beside, step, skipped_steps)
-        for path in beside.iterdir():
+        for path in (*beside.iterdir(), beside):
             sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        sync(final.parent)
+
+    def _prune(self) -> None:
         for old in checkpoints(self.run_dir)[: -self.keep]:
-            shutil.rmtree(old)
+            try:
+                remove(old)
+            except OSError as error:
+                logger.warning("%s cannot be removed: %s", old, error.strerror)
 
 
 def gathered(
@@ -145,10 +185,10 @@ def put(tensors: Tensors, name: str, values: Tensor, keeps: bool) -> None:
 
 
 def write_model(directory: Path, config: RemixConfig, weights: Tensors) -> None:
-    """Write a model directory; each file is written beside and then renamed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / "model.safetensors", lambda path: save_tensors(weights, path))
+    """Write a model directory; the weights, which make it a model, come last."""
+    make_directory(directory)
     write_model_files(directory, config)
+    write_file(directory / "model.safetensors", lambda path: save_tensors(weights, path))
 
 
 def restore(
@@ -248,12 +288,3 @@ def tensors_in(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{path} must hold all weights of the model, got none for {missing}")
         for name in sorted(names):
             yield name, file.get_tensor(name)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,8 @@
 Frozen dataclasses; the command line shows the docstring under each field as its help.
 """
 
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ __all__ = [
     "ObjectiveConfig",
     "OutputConfig",
     "TrainConfig",
+    "seconds_of",
 ]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,7 +31,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
     *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
-    *("compile", "micro_batch_size", "allow_older"),
+    *("compile", "micro_batch_size", "allow_older", "save_minutes", "stop_after"),
 }
 
 
@@ -162,6 +165,10 @@ class OutputConfig:
     """Number of optimizer steps between lines of metrics."""
     save_every: int = 5000
     """Number of optimizer steps between checkpoints; the last step is always saved."""
+    save_minutes: float = 10.0
+    """Number of minutes after which a checkpoint is written in any case; 0 for no limit."""
+    stop_after: str = ""
+    """Time after which the run saves and ends with exit code 75, e.g. 3h50m; none by default."""
     keep_checkpoints: int = 3
     """Number of checkpoints that are kept, the newest ones."""
     sample_every: int = 0
@@ -183,6 +190,19 @@ class OutputConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sample_every < 0:
             raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
+        if not 0 <= self.save_minutes < math.inf:
+            raise ValueError(f"save_minutes must be at least 0, got {self.save_minutes}")
+        seconds_of(self.stop_after)
+
+
+def seconds_of(duration: str) -> float:
+    """Return the seconds of a duration such as 1d, 3h50m or 90s; 0 for none."""
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
+    seconds = [int(part or 0) for part in found.groups()] if found else [0]
+    total = sum(part * unit for part, unit in zip(seconds, (86400, 3600, 60, 1), strict=False))
+    if duration and not total:
+        raise ValueError(f"stop_after must be a time such as 3h50m, 45m or 90s, got {duration!r}")
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)
