@@ -88,7 +88,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_equals_unbroken_run(data, tmp_path):
     run, whole, steps = tmp_path / "run", tmp_path / "whole", 400
     for stop, step in ((signal.SIGINT, 3), (signal.SIGKILL, 12), (signal.SIGKILL, 30)):
