@@ -3,6 +3,7 @@
 dit        one expert, under the published names
 experts    all experts likewise, and which timesteps each owns
 diffusers  one expert as a model directory of diffusers
+pipeline   all experts as a pipeline of diffusers (`pipelines`)
 """
 
 import json
@@ -17,13 +18,15 @@ from torch import Tensor
 from remixdit.diffusion.dit import DiT
 from remixdit.files import new_directory, refuse_occupied
 from remixdit.interchange.layout import official_state
+from remixdit.interchange.pipelines import export_pipeline
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 
 __all__ = ["ExportConfig", "export_diffusers", "export_dit", "export_experts", "run_export"]
 
-FORMATS = ("dit", "diffusers", "experts")
+FORMATS = ("dit", "diffusers", "experts", "pipeline")
+OF_ONE_EXPERT = ("dit", "diffusers")
 
 # diffusers' names of what is in every block, and ours
 BLOCK_NAMES = {
@@ -50,9 +53,9 @@ class ExportConfig:
     output: Path
     """Directory for the exported files; must be new or empty."""
     format: str = "dit"
-    """dit: one expert, published names; experts: all of them; diffusers: one, for diffusers."""
+    """dit, diffusers: one expert, for either code; experts: all, as dit; pipeline: of diffusers."""
     expert: int | None = None
-    """Index of the expert, in 0..N-1. Not needed for N = 1 and for the format experts."""
+    """Index of the expert, in 0..N-1, for the formats dit and diffusers. Not needed for N = 1."""
     ema: bool = True
     """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 
@@ -60,8 +63,10 @@ class ExportConfig:
         """Refuse formats and experts that cannot be exported."""
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
-        if self.format == "experts" and self.expert is not None:
-            raise ValueError(f"expert must not be given for format experts, got {self.expert}")
+        if self.format not in OF_ONE_EXPERT and self.expert is not None:
+            raise ValueError(
+                f"expert must not be given for format {self.format}, got {self.expert}"
+            )
 
 
 def run_export(config: ExportConfig) -> None:
@@ -70,6 +75,8 @@ def run_export(config: ExportConfig) -> None:
     model = load_model(config.checkpoint, ema=config.ema)
     if config.format == "experts":
         export_experts(model, config.output)
+    elif config.format == "pipeline":
+        export_pipeline(model, config.output)
     elif config.format == "diffusers":
         export_diffusers(model, config.output, config.expert)
     else:
