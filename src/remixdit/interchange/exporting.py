@@ -4,6 +4,7 @@ dit        one expert, under the published names
 experts    all experts likewise, and which timesteps each owns
 diffusers  one expert as a model directory of diffusers
 pipeline   all experts as a pipeline of diffusers (`pipelines`)
+lora       the experts of low-rank bases as LoRA files (`lora`)
 """
 
 import json
@@ -18,6 +19,8 @@ from torch import Tensor
 from remixdit.diffusion.dit import DiT
 from remixdit.files import new_directory, refuse_occupied
 from remixdit.interchange.layout import official_state
+from remixdit.interchange.lora import export_lora
+from remixdit.interchange.names import BLOCK_NAMES, OUTER_NAMES
 from remixdit.interchange.pipelines import export_pipeline
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
@@ -25,23 +28,8 @@ from remixdit.model.model import RemixDiT
 
 __all__ = ["ExportConfig", "export_diffusers", "export_dit", "export_experts", "run_export"]
 
-FORMATS = ("dit", "diffusers", "experts", "pipeline")
+FORMATS = ("dit", "diffusers", "experts", "pipeline", "lora")
 OF_ONE_EXPERT = ("dit", "diffusers")
-
-# diffusers' names of what is in every block, and ours
-BLOCK_NAMES = {
-    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "norm1.linear": "blocks.{}.adaLN_modulation.1",
-    "attn1.to_out.0": "blocks.{}.attn.proj",
-    "ff.net.0.proj": "blocks.{}.mlp.fc1",
-    "ff.net.2": "blocks.{}.mlp.fc2",
-}
-OUTER_NAMES = {
-    "pos_embed.proj": "x_embedder.proj",
-    "proj_out_1": "final_layer.adaLN_modulation.1",
-    "proj_out_2": "final_layer.linear",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +41,7 @@ class ExportConfig:
     output: Path
     """Directory for the exported files; must be new or empty."""
     format: str = "dit"
-    """dit, diffusers: one expert, for either code; experts: all, as dit; pipeline: of diffusers."""
+    """dit, diffusers: one expert; experts: all, as dit; pipeline, lora: all, for diffusers."""
     expert: int | None = None
     """Index of the expert, in 0..N-1, for the formats dit and diffusers. Not needed for N = 1."""
     ema: bool = True
@@ -75,6 +63,8 @@ def run_export(config: ExportConfig) -> None:
     model = load_model(config.checkpoint, ema=config.ema)
     if config.format == "experts":
         export_experts(model, config.output)
+    elif config.format == "lora":
+        export_lora(model, config.output)
     elif config.format == "pipeline":
         export_pipeline(model, config.output)
     elif config.format == "diffusers":
