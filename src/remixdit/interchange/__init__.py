@@ -4,6 +4,8 @@ files      reading and writing: a foreign file never runs code, an output is who
 layout     the published names and shapes of DiT and Remix-DiT
 importing  a published checkpoint => RemixDiT
 exporting  RemixDiT => plain DiTs, under the published names or diffusers'
+lora       low-rank RemixDiT => LoRA files for diffusers' DiT
+pipelines  RemixDiT => a pipeline of diffusers, with the code of remix_dit_pipeline
 """
 
 from remixdit.interchange.exporting import (
@@ -19,6 +21,8 @@ from remixdit.interchange.importing import (
     import_checkpoint,
     run_import,
 )
+from remixdit.interchange.lora import export_lora
+from remixdit.interchange.pipelines import export_pipeline
 
 __all__ = [
     "ExportConfig",
@@ -27,6 +31,8 @@ __all__ = [
     "export_diffusers",
     "export_dit",
     "export_experts",
+    "export_lora",
+    "export_pipeline",
     "import_checkpoint",
     "run_export",
     "run_import",

@@ -3,6 +3,8 @@
 dit        one expert, under the published names
 experts    all experts likewise, and which timesteps each owns
 diffusers  one expert as a model directory of diffusers
+pipeline   all experts as a pipeline of diffusers (`pipelines`)
+lora       the experts of low-rank bases as LoRA files (`lora`)
 """
 
 import json
@@ -16,29 +18,21 @@ from torch import Tensor
 from remixdit.diffusion.dit import DiT
 from remixdit.files import new_directory, refuse_occupied, save_tensors
 from remixdit.interchange.layout import official_state
+<<<<<<< HEAD
 from remixdit.model.card import license_lines
+=======
+from remixdit.interchange.lora import export_lora
+from remixdit.interchange.names import BLOCK_NAMES, OUTER_NAMES
+from remixdit.interchange.pipelines import export_pipeline
+>>>>>>> pipeline
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 
 __all__ = ["ExportConfig", "export_diffusers", "export_dit", "export_experts", "run_export"]
 
-FORMATS = ("dit", "diffusers", "experts")
-
-# diffusers' names of what is in every block, and ours
-BLOCK_NAMES = {
-    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "norm1.linear": "blocks.{}.adaLN_modulation.1",
-    "attn1.to_out.0": "blocks.{}.attn.proj",
-    "ff.net.0.proj": "blocks.{}.mlp.fc1",
-    "ff.net.2": "blocks.{}.mlp.fc2",
-}
-OUTER_NAMES = {
-    "pos_embed.proj": "x_embedder.proj",
-    "proj_out_1": "final_layer.adaLN_modulation.1",
-    "proj_out_2": "final_layer.linear",
-}
+FORMATS = ("dit", "diffusers", "experts", "pipeline", "lora")
+OF_ONE_EXPERT = ("dit", "diffusers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +44,9 @@ class ExportConfig:
     output: Path
     """Directory for the exported files; must be new or empty."""
     format: str = "dit"
-    """dit: one expert, published names; experts: all of them; diffusers: one, for diffusers."""
+    """dit, diffusers: one expert; experts: all, as dit; pipeline, lora: all, for diffusers."""
     expert: int | None = None
-    """Index of the expert, in 0..N-1. Not needed for N = 1 and for the format experts."""
+    """Index of the expert, in 0..N-1, for the formats dit and diffusers. Not needed for N = 1."""
     ema: bool = True
     """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 
@@ -60,8 +54,10 @@ class ExportConfig:
         """Refuse formats and experts that cannot be exported."""
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
-        if self.format == "experts" and self.expert is not None:
-            raise ValueError(f"expert must not be given for format experts, got {self.expert}")
+        if self.format not in OF_ONE_EXPERT and self.expert is not None:
+            raise ValueError(
+                f"expert must not be given for format {self.format}, got {self.expert}"
+            )
 
 
 def run_export(config: ExportConfig) -> None:
@@ -70,6 +66,10 @@ def run_export(config: ExportConfig) -> None:
     model = load_model(config.checkpoint, ema=config.ema)
     if config.format == "experts":
         export_experts(model, config.output)
+    elif config.format == "lora":
+        export_lora(model, config.output)
+    elif config.format == "pipeline":
+        export_pipeline(model, config.output)
     elif config.format == "diffusers":
         export_diffusers(model, config.output, config.expert)
     else:
