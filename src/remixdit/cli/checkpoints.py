@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 
 from remixdit.data import is_shard_dir
+from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
 
-__all__ = ["check_precision", "names_model", "open_model"]
+__all__ = ["check_precision", "names_model", "open_autoencoder", "open_model"]
 
 MODEL_FILES = ("config.json", "model.safetensors", "state.json", "metrics.jsonl")
 
@@ -37,6 +38,20 @@ def open_model(path: str, *, ema: bool, precision: str, device: torch.device) ->
     model = load_model(path, ema=ema, device=str(device))
     model.sample_with(PRECISIONS[precision])
     return model
+
+
+def open_autoencoder(model: RemixDiT, device: torch.device) -> Autoencoder:
+    """Load the autoencoder that turns a model's latents into images, to a device."""
+    autoencoder = load_autoencoder(model.config.autoencoder)
+    if isinstance(autoencoder, LatentAutoencoder):
+        return autoencoder.to(device)
+    channels = model.config.network.in_channels
+    if channels not in (1, 3):
+        raise ValueError(
+            f"autoencoder must be known for a model of {channels} channels, got none: import it "
+            "again with --autoencoder"
+        )
+    return autoencoder
 
 
 def check_precision(precision: str) -> None:
