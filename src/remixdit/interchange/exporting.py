@@ -18,13 +18,10 @@ from torch import Tensor
 from remixdit.diffusion.dit import DiT
 from remixdit.files import new_directory, refuse_occupied, save_tensors
 from remixdit.interchange.layout import official_state
-<<<<<<< HEAD
-from remixdit.model.card import license_lines
-=======
 from remixdit.interchange.lora import export_lora
 from remixdit.interchange.names import BLOCK_NAMES, OUTER_NAMES
 from remixdit.interchange.pipelines import export_pipeline
->>>>>>> pipeline
+from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT

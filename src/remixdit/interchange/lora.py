@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from remixdit.files import new_directory
+from remixdit.files import new_directory, save_tensors
 from remixdit.interchange.names import BLOCK_NAMES, OUTER_NAMES
 from remixdit.mixture.low_rank import LowRankLinear
 from remixdit.model.model import RemixDiT
@@ -35,7 +34,7 @@ def export_lora(model: RemixDiT, directory: str | Path) -> None:
     with new_directory(Path(directory)) as beside:
         for expert in range(model.num_experts):
             name = f"expert-{expert:03d}.safetensors"
-            save_file(lora_state(model, expert), beside / name, {"format": "pt"})
+            save_tensors(lora_state(model, expert), beside / name, {"format": "pt"})
             owned = {"begin": bounds[expert], "end": bounds[expert + 1]}
             entries.append({"file": name, **owned})  # begin <= timestep < end
         about = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remixdit.data.autoencoder import LatentAutoencoder, load_autoencoder
 from remixdit.files import file_digest, new_directory
+from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 
@@ -128,10 +129,9 @@ def pipeline_index(config: RemixConfig, module: str, has_autoencoder: bool) -> d
 
 def pipeline_card(config: RemixConfig, module: str) -> str:
     """Return the README.md of a pipeline's directory."""
-    license_line = f"license: other\nlicense_name: {config.license}\n" if config.license else ""
     labels = "class_labels=[0, 1], " if config.network.num_classes else "batch_size=2, "
     return (
-        f"---\nlibrary_name: diffusers\n{license_line}---\n\n"
+        f"---\nlibrary_name: diffusers\n{license_lines(config.license)}---\n\n"
         f"# Remix-DiT, {config.num_bases} bases, {config.num_experts} experts\n\n"
         "```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("this directory", trust_remote_code=True)\n'
