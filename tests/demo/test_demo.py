@@ -109,7 +109,7 @@ def test_another_model_must_draw_from_the_same_noise(tmp_path):
     save_model(tmp_path / "remixed", 0)
     RemixDiT.from_dit(tiny_dit(), 1, 1).save_pretrained(tmp_path / "other")
     arguments = DemoArguments(checkpoint=str(tmp_path / "remixed"), against=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="against must have the latents"):
+    with pytest.raises(ValueError, match="latent_shape of --against"):
         subject_of(arguments)
 
 

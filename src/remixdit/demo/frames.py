@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remixdit.data.autoencoder import Autoencoder
-from remixdit.evaluation.experts import Rival, check_rival
+from remixdit.model.match import match, side_of
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.sampler import SamplingConfig, denoising_steps
 
@@ -81,12 +81,8 @@ def fixed_expert(model: RemixDiT, expert: int) -> RemixDiT:
 
 def check_against(model: RemixDiT, against: RemixDiT, name: str) -> None:
     """Refuse a model that would draw something else from the same noise and labels."""
-    check_rival(model, Rival(name, against))
-    ours, theirs = model.config, against.config
-    if ours.class_names and theirs.class_names and ours.class_names != theirs.class_names:
-        raise ValueError(f"against must have the classes of the checkpoint, got others in {name}")
-    if ours.autoencoder != theirs.autoencoder:
-        raise ValueError(
-            f"against must have the autoencoder {ours.autoencoder['name']}, "
-            f"got {theirs.autoencoder['name']} in {name}"
-        )
+    theirs = match(
+        side_of("the checkpoint", model.config), side_of(f"--against {name}", against.config)
+    )
+    if theirs != tuple(range(len(theirs))):
+        raise ValueError(f"--against {name} must have the classes of the checkpoint in their order")

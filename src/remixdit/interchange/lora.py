@@ -34,7 +34,7 @@ def export_lora(model: RemixDiT, directory: str | Path) -> None:
     with new_directory(Path(directory)) as beside:
         for expert in range(model.num_experts):
             name = f"expert-{expert:03d}.safetensors"
-            save_tensors(lora_state(model, expert), beside / name, {"format": "pt"})
+            save_tensors(lora_state(model, expert), beside / name, format="pt")
             owned = {"begin": bounds[expert], "end": bounds[expert + 1]}
             entries.append({"file": name, **owned})  # begin <= timestep < end
         about = {
