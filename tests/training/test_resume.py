@@ -122,9 +122,9 @@ def test_a_run_goes_on_without_the_model_it_started_from(source, data, tmp_path,
     remixdit(f"{line}/parts {start} --steps 3")
     (tmp_path / "source").rename(tmp_path / "elsewhere")
     message = refusal(f"{line}/parts --from {tmp_path}/elsewhere --steps 6", capsys)
-    assert message.endswith(f"parts: init_from was '{tmp_path}/source', now '{tmp_path}/elsewhere'")
+    assert message.endswith(f"parts: --from was '{tmp_path}/source', now '{tmp_path}/elsewhere'")
     message = refusal(f"{line}/parts --steps 6", capsys)
-    assert f"init_from was '{tmp_path}/source', now None" in message
+    assert f"--from was '{tmp_path}/source', now None" in message
     message = refusal(f"{line}/parts {start} --steps 6 --num-experts 5", capsys)
     assert message.endswith("parts: mixture.num_experts was 4, now 5")
     remixdit(f"{line}/parts {start} --steps 6")

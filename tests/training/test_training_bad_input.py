@@ -345,3 +345,27 @@ def test_directory_that_cannot_be_written_is_refused(capsys):
             assert files_below(root) == {"data.npz"}
         finally:
             root.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 10k", "--steps must be an integer, got '10k'"),
+        ("--learning-rate fast", "--learning-rate must be a number, got 'fast'"),
+        ("--image-size 100000", "image_size must be at most 8192, got 100000"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(options, message, data, tmp_path, capsys):
+    line = f"train tiny --data {data} --output-dir {tmp_path}/run {options}"
+    assert refusal(line, capsys) == message
+
+
+def test_what_may_not_have_been_meant_gets_one_line(tmp_path, capsys):
+    write_folder(tmp_path / "photos", cat=3)
+    line = f"train tiny --data {tmp_path}/photos/cat --output-dir {tmp_path}/run --batch-size 4"
+    assert main(f"{line} --steps 1 --warmup-steps 5".split()) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "remixdit: warmup_steps 5 is longer than the run of 1 steps",
+        f"remixdit: {tmp_path}/photos/cat has no folders of classes, so no classes are learned",
+    ]

@@ -107,7 +107,11 @@ def one_line(box: str, command: str, flags: Sequence[str]) -> str:
         return f"{unrecognized([line.strip() for line in hints[1:]], flags)}; {required}"
     text = " ".join(line.strip() for line in error)
     if not text.startswith(UNRECOGNIZED):
-        return re.sub(r"^Error parsing (?:(?!-)\S+: )?", "", text)
+        text = re.sub(r"^Error parsing (?:(?!-)\S+: )?", "", text)
+        text = re.sub(
+            r": invalid literal for int\(\) .*: (?='.*'$)", " must be an integer, got ", text
+        )
+        return re.sub(r": could not convert string to float: ", " must be a number, got ", text)
     found = unrecognized(text.removeprefix(UNRECOGNIZED).strip().split(", "), flags)
     return found if "; perhaps " in found else found + more
 

@@ -26,10 +26,11 @@ from remixdit.images.source import Source
 from remixdit.images.squares import PictureBatch, Pictures
 from remixdit.progress import Progress
 
-__all__ = ["EncodeConfig", "Share", "encode"]
+__all__ = ["EncodeConfig", "Share", "check_image_size", "encode"]
 
 SHARD_BYTES = 64 * 2**20
 MAX_SHARDS = 256  # each is a memory map, which holds a file descriptor
+MAX_IMAGE_SIZE = 8192  # as many pixels as a picture may have that is read
 MAX_SHARD_SIZE = 4096  # images: what a kill may lose
 
 
@@ -65,6 +66,7 @@ class EncodeConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_image_size(self.image_size)
         if self.channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.crop not in ("center", "random"):
@@ -75,6 +77,12 @@ class EncodeConfig:
             raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
         if self.mirror and self.autoencoder == "none":
             raise ValueError("mirror is for latents: pixels are mirrored when they are read")
+
+
+def check_image_size(size: int | None) -> None:
+    """Refuse an edge that no memory holds; None is one that is not known yet."""
+    if size is not None and size > MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size must be at most {MAX_IMAGE_SIZE}, got {size}")
 
 
 class Share(NamedTuple):

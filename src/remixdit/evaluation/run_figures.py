@@ -31,7 +31,9 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
     """
     rows = read_metrics(run_dir)
     if not rows:
-        raise ValueError(f"run must have lines in metrics.jsonl, got {run_dir}")
+        meant = run_dir.absolute().parent
+        hint = f"; its run is {meant}" if (meant / "metrics.jsonl").is_file() else ""
+        raise ValueError(f"run must have lines in metrics.jsonl, got {run_dir}{hint}")
     steps = [row["step"] for row in rows]
     yield "loss", loss_curve({"training": (steps, [row["loss"] for row in rows])})
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from remixdit.data.encoding import check_image_size
 from remixdit.diffusion.dit import DiTConfig
 from remixdit.mixture.coefficients import KINDS, check_counts
 from remixdit.training.optimizer import OptimizerConfig
@@ -257,6 +258,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_image_size(self.image_size)
         if self.shard_size < 0 or (self.shard_size and not self.shard):
             raise ValueError(f"shard_size must be 0 without shard, got {self.shard_size}")
         if self.precision not in PRECISIONS:

@@ -102,7 +102,8 @@ def begun(
     """Return the run at the step from which it goes on, after all processes agree on it."""
     defaults = settled(TrainConfig(data="", output_dir=config.output_dir), None).to_json()
     check_run(config.output_dir, settings, {*MAY_CHANGE, "data"}, defaults)
-    for remark in filter(None, (start.remark, stretched_schedules(config))):
+    remarks = (start.remark, stretched_schedules(config), *doubts(config, dataset))
+    for remark in filter(None, remarks):
         if ranks.is_first:
             logger.warning(remark)
     training = Training(config, start, dataset, ranks)
@@ -157,6 +158,15 @@ def experts_note(experts: Sequence[int]) -> str:
     if len(experts) > 4:
         return f"{len(experts)} experts"
     return f"expert{'s' * (len(experts) > 1)} {' '.join(map(str, experts))}"
+
+
+def doubts(config: TrainConfig, dataset: ShardDataset) -> Iterator[str]:
+    """Yield a line for each setting that may not have been meant."""
+    warmup = config.optimizer.warmup_steps
+    if warmup > config.steps:
+        yield f"warmup_steps {warmup} is longer than the run of {config.steps} steps"
+    if Path(config.data).is_dir() and not dataset.class_names:
+        yield f"{config.data} has no folders of classes, so no classes are learned"
 
 
 def check_steps(config: TrainConfig) -> None:

@@ -39,6 +39,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DATA_DIR = "data"  # where a run keeps what it encoded
+FLAGS = {"init_from": "--from"}  # settings whose flags have other names
 PLACES = {"data", "init_from"}  # settings that are compared as resolved paths
 
 
@@ -114,7 +115,7 @@ def refuse_changes(
     """Refuse to resume a run under other settings, naming each."""
     old, new = flat(before), flat(now)
     changed = [
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        f"{FLAGS.get(name, name)} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
         if name.split(".")[-1] not in {*may_change, "data_digest"}
         and not is_same(name, old.get(name), new.get(name))
