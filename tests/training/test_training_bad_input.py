@@ -50,7 +50,7 @@ def refused_run(given, tmp_path, capsys, options: str) -> str:
             "num_bases must be at most num_experts 4, got 5: N experts are at most N different "
             "networks, so bases beyond N add only memory",
         ),
-        ("--num-bases two", "--num-bases: invalid literal for int() with base 10: 'two'"),
+        ("--num-bases two", "--num-bases must be an integer, got 'two'"),
         (
             "--learning-rat 1",
             "Unrecognized options: --learning-rat, 1; perhaps --learning-rate",
@@ -363,7 +363,7 @@ def test_numbers_that_make_no_sense_are_named(options, message, data, tmp_path, 
 def test_what_may_not_have_been_meant_gets_one_line(tmp_path, capsys):
     write_folder(tmp_path / "photos", cat=3)
     line = f"train tiny --data {tmp_path}/photos/cat --output-dir {tmp_path}/run --batch-size 4"
-    assert main(f"{line} --steps 1 --warmup-steps 5".split()) == 0
+    remixdit(f"{line} --steps 1 --warmup-steps 5")
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == [
         "remixdit: warmup_steps 5 is longer than the run of 1 steps",
