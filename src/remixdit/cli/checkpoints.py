@@ -11,7 +11,13 @@ from remixdit.training.config import PRECISIONS
 
 __all__ = ["check_precision", "names_model", "open_model"]
 
-MODEL_FILES = ("config.json", "model.safetensors", "state.json", "metrics.jsonl")
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "state.json",
+    "metrics.jsonl",
+    "model_index.json",
+)
 
 
 def names_model(path: str) -> bool:

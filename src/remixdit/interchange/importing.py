@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from remixdit.files import new_directory, refuse_occupied
+from remixdit.interchange.directories import as_asked, names_directory, open_directory
 from remixdit.interchange.files import read_tensors
 from remixdit.interchange.layout import (
     LOGITS,
@@ -44,6 +45,8 @@ class ImportOptions:
     """Names of the classes, in the order of their labels."""
     autoencoder: str = "none"
     """Autoencoder of the latents: none, an id on the Hugging Face Hub, or a directory."""
+    timestep_embedding: str | None = None
+    """Embedding of timesteps: dit or diffusers; by default that of the class of a directory."""
     license: str | None = None
     """Licence of the weights. By default cc-by-nc-4.0, as released, with a warning."""
     ema: bool = True
@@ -65,7 +68,7 @@ class ImportConfig(ImportOptions):
     """A checkpoint to import."""
 
     source: Path
-    """A .pt or .safetensors file of a DiT or a Remix-DiT, with the published parameter names."""
+    """A .pt or .safetensors file with the published names, or a directory of diffusers."""
     output: Path
     """Directory for the model; must be new or empty."""
 
@@ -89,7 +92,8 @@ def import_checkpoint(path: str | Path, **options: Any) -> RemixDiT:
 
     Args:
         path: A file of `torch.save` (a state dict, alone or under `ema` or `model`) or
-            `.safetensors`.
+            `.safetensors`; a `DiTTransformer2DModel` or a `DiTPipeline` that diffusers saved, or
+            one on the hub.
         options: Fields of `ImportOptions`.
 
     Raises:
@@ -99,7 +103,11 @@ def import_checkpoint(path: str | Path, **options: Any) -> RemixDiT:
 
 
 def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
-    """Return the model of a published checkpoint."""
+    """Return the model of a published checkpoint, or of a directory that diffusers saved."""
+    if names_directory(path):
+        given = open_directory(path)
+        stated = {"license": given.config.license}
+        return as_asked(given, options, weights_license(options, stated, path))
     state, metadata = read_tensors(path, options.ema)
     state = without_prefix(state)
     num_heads = options.num_heads

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from safetensors import safe_open
 
 from remixdit.diffusion.costs import forward_flops, training_flops
 from remixdit.model.config import RemixConfig
-from remixdit.model.loading import Found, damage_named, find_model
+from remixdit.model.diffusers_dit import load_diffusers
+from remixdit.model.loading import DIFFUSERS, Found, damage_named, find_model, model_config
 from remixdit.model.model import download
 
 __all__ = ["describe"]
@@ -32,8 +34,7 @@ def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
 
 def facts_of(found: Found) -> dict[str, Any]:
     """Return the facts in the files of a model."""
-    config = RemixConfig.from_json(json.loads((found.directory / "config.json").read_text("utf-8")))
-    weights = found.directory / found.weights
+    config, weights = model_config(found.directory), found.directory / found.weights
     state_file = found.directory / "state.json"
     step = json.loads(state_file.read_text("utf-8"))["step"] if state_file.is_file() else None
     return {
@@ -41,10 +42,24 @@ def facts_of(found: Found) -> dict[str, Any]:
         "step": step,
         **config.to_json(),
         "coefficient_kind": config.coefficients,
-        "coefficients": coefficients_in(weights, config.coefficients),
-        "parameters": count_parameters(weights, config.num_bases),
+        **tables_of(found, config),
         "forward_flops_per_image": forward_flops(config.network),
         "training_flops_per_image": training_flops(config.network),
+    }
+
+
+def tables_of(found: Found, config: RemixConfig) -> dict[str, Any]:
+    """Return the coefficients and the numbers of parameters."""
+    if found.weights == DIFFUSERS:  # one expert
+        weights = load_diffusers(found.directory).weights()
+        shapes = {name: tuple(values.shape) for name, values in weights.items()}
+        return {"coefficients": [[1.0]], "parameters": count_parameters(shapes, 1)}
+    path = found.directory / found.weights
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {
+        "coefficients": coefficients_in(path, config.coefficients),
+        "parameters": count_parameters(shapes, config.num_bases),
     }
 
 
@@ -55,10 +70,8 @@ def coefficients_in(weights: Path, kind: str) -> Any:
     return (logits.softmax(-1) if kind == "softmax" else logits).tolist()
 
 
-def count_parameters(weights: Path, num_bases: int) -> dict[str, int]:
+def count_parameters(shapes: Mapping[str, Sequence[int]], num_bases: int) -> dict[str, int]:
     """Return the numbers of parameters: in one network, in all, and in the bases alone."""
-    with safe_open(weights, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     bases = sum(count for name, count in counts.items() if name.startswith("bases."))
     total = sum(counts.values())

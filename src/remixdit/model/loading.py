@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from remixdit.model.config import RemixConfig
-from remixdit.model.model import RemixDiT
+from remixdit.model.diffusers_dit import diffusers_config, is_diffusers, load_diffusers
+from remixdit.model.model import RemixDiT, download
 
 __all__ = [
+    "DIFFUSERS",
     "Found",
     "checkpoints",
     "damage_named",
@@ -23,6 +25,8 @@ __all__ = [
     "newest_checkpoint",
     "steps_done",
 ]
+
+DIFFUSERS = ""  # in place of a file's name: diffusers may have cut the weights into several
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,17 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
 
     Args:
         path: A model directory, a checkpoint, a run (its finished model, else its newest
-            checkpoint), or a model of the Hugging Face hub.
+            checkpoint), a DiT or a pipeline that diffusers saved, or a model of the Hugging Face
+            hub.
         ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
         device: Device of the weights.
     """
-    found = find_model(Path(path), ema)
-    if found is None:
-        return RemixDiT.from_pretrained(path, device)
+    directory = Path(path) if Path(path).is_dir() else download(str(path))
+    found = find_model(directory, ema)
+    assert found is not None
     with damage_named(found.directory):
+        if found.weights == DIFFUSERS:
+            return load_diffusers(found.directory).to(device)
         if found.weights == "model.safetensors":
             return RemixDiT.from_pretrained(found.directory, device)
         model = RemixDiT.empty(model_config(found.directory))
@@ -68,6 +75,8 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
 def model_config(directory: Path) -> RemixConfig:
     """Return the configuration of a checkpoint's model."""
     with damage_named(directory):
+        if is_diffusers(directory):
+            return diffusers_config(directory)
         return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
 
 
@@ -89,6 +98,8 @@ def find_model(path: Path, ema: bool = True) -> Found | None:
     """Return the place of the weights of a local model, checkpoint or run, None if not local."""
     if not path.is_dir():
         return None
+    if is_diffusers(path):
+        return Found(path, DIFFUSERS)
     if (path / "state.json").is_file():
         return Found(path, "ema.safetensors" if ema else "model.safetensors")
     if (path / "model.safetensors").is_file():
