@@ -1,7 +1,8 @@
 """`remixdit train PRESET`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Annotated, Any
 
 import tyro
@@ -10,7 +11,7 @@ from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.loading import newest_checkpoint, steps_done
-from remixdit.training.config import TrainConfig
+from remixdit.training.config import MixtureConfig, TrainConfig
 from remixdit.training.loop import train
 from remixdit.training.presets import PRESETS, preset
 
@@ -30,7 +31,7 @@ class TrainArguments(TrainConfig):
     """Train or fine-tune; the same command again resumes."""
 
     init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Model to start from: a plain DiT to remix, or a mixture to train further."""
+    """Model to start from: a plain DiT to remix, a mixture, or several DiTs that become bases."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -47,6 +48,13 @@ def run(args: Sequence[str]) -> None:
     if not name or name.startswith("-"):
         raise ValueError(f"preset must come first, one of {', '.join(PRESETS)}, got {name!r}")
     settings: dict[str, Any] = dict(preset(name).settings)
+    rest, num_bases = one_name_each(rest)
+    if num_bases > 1:  # the networks are the bases, and differ in every parameter
+        mixture = settings.get("mixture", MixtureConfig())
+        num_experts = max(num_bases, mixture.num_experts)
+        settings["mixture"] = replace(
+            mixture, num_bases=num_bases, num_experts=num_experts, mixed="all"
+        )
     default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
     config = base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
     try:
@@ -55,6 +63,17 @@ def run(args: Sequence[str]) -> None:
         raise KeyboardInterrupt(how_to_resume(config)) from None
     finally:
         distributed.stop()
+
+
+def one_name_each(words: Sequence[str]) -> tuple[list[str], int]:
+    """Return `--from A B C` as `--from A --further-bases B C`, and the number of its names."""
+    if "--from" not in words:
+        return list(words), 0
+    start = list(words).index("--from") + 1
+    names = list(takewhile(lambda word: not word.startswith("-"), words[start:]))
+    rest = list(words[start + len(names) :])
+    further = ["--further-bases", *names[1:]] if len(names) > 1 else []
+    return [*words[:start], *names[:1], *further, *rest], len(names)
 
 
 def show(config: TrainConfig) -> None:

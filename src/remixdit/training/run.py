@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 DATA_DIR = "data"  # where a run keeps what it encoded
-PLACES = {"data", "init_from"}  # settings that are compared as resolved paths
+PLACES = {"data", "init_from", "further_bases"}  # settings that are compared as resolved paths
 
 
 def check_run(
@@ -89,6 +90,8 @@ def refuse_changes(
 
 def is_same(name: str, old: Any, new: Any) -> bool:
     """Whether a setting is unchanged; a path may be spelled in another way."""
+    if name in PLACES and isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(partial(is_same, name), old, new))
     if name in PLACES and isinstance(old, str) and isinstance(new, str):
         return old == new or Path(old).resolve() == Path(new).resolve()
     return bool(old == new)

@@ -27,6 +27,11 @@ from remixdit.model.model import RemixDiT
 from remixdit.seeds import generator_for
 from remixdit.training.config import TrainConfig
 from remixdit.training.run import DATA_DIR, location, stated_settings
+from remixdit.training.several import (
+    further_networks,
+    refuse_unmixed_differences,
+    stacked_weights,
+)
 
 __all__ = [
     "Outline",
@@ -68,6 +73,7 @@ def run_settings(config: TrainConfig, model: RemixConfig) -> dict[str, Any]:
         **config.to_json(),
         "data": location(config.data),
         "init_from": location(config.init_from) if config.init_from else None,
+        "further_bases": [location(name) for name in config.further_bases],
         # The network that is trained, which the given model may have decided.
         "network": asdict(model.network),
         "mixture": {**asdict(config.mixture), "intervals": config.interval_policy},
@@ -157,12 +163,26 @@ def starting_model(config: TrainConfig, data: Outline) -> Start:
     if given is not None:
         refuse_other_autoencoder(given.config.autoencoder, data.autoencoder)
     if given is not None and given.num_experts > 1:
+        if config.further_bases:
+            raise ValueError(
+                f"num_experts of {config.init_from} must be 1, a plain DiT, got {given.num_experts}"
+            )
         refuse_other_mixture(given.config, target)
         return Start(given.config, lambda: iter(given.weights().items()))
     if given is None:
         network = DiT(target.network, config.seed)
     else:
         network = adapted(given.expert(0), target.network, config)
+    if given is not None and config.further_bases:
+        others = further_networks(config.further_bases, given.config, str(config.init_from))
+        networks = [network, *(adapted(other, target.network, config) for other in others)]
+        refuse_unmixed_differences(target, networks)
+        return Start(target, partial(stacked_weights, target, networks, config.mixture.symmetry))
+    if config.train == "coefficients":
+        raise ValueError(
+            "train must be all for bases that begin as copies of one network, whose coefficients "
+            f"change nothing, got {config.train}"
+        )
     return Start(target, partial(remixed_weights, target, network, config))
 
 
