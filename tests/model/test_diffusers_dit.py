@@ -101,6 +101,13 @@ def test_the_frequencies_of_the_published_code_are_taken_on_request(tmp_path, ca
     as_trained = RemixExpertTransformer.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(*outputs(as_trained, published), **CLOSE)
     assert not torch.allclose(*outputs(network, published), rtol=1e-2)
+    for asked, message in (
+        ({"timestep_embedding": "sit"}, "timestep_embedding must be dit or diffusers"),
+        ({"timestep_embedding": "cosine"}, "timestep_embedding must be one of dit, diffusers, sit"),
+        ({"num_heads": 4}, "num_heads must be that of the directory, 2, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            import_checkpoint(tmp_path, license="mit", **asked)
 
 
 @pytest.mark.parametrize("kind", ["dit", "diffusers"])

@@ -54,6 +54,8 @@ def as_asked(given: RemixDiT, options: "ImportOptions", license: str) -> RemixDi
         if asked not in (None, stated):
             raise ValueError(f"{name} must be that of the directory, {stated}, got {asked}")
     kind = options.timestep_embedding or network.config.timestep_embedding
+    if kind == "sit":
+        raise ValueError("timestep_embedding must be dit or diffusers for a directory, got sit")
     if kind == "diffusers" and options.timestep_embedding is None:
         logger.warning(REMARK)
     network.config = replace(network.config, timestep_embedding=kind)

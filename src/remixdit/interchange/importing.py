@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from remixdit.interchange.layout import (
     mixed_in,
     without_prefix,
 )
+from remixdit.interchange.sit import as_flow, is_sit, refuse_other_path
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 
@@ -46,7 +47,7 @@ class ImportOptions:
     autoencoder: str = "none"
     """Autoencoder of the latents: none, an id on the Hugging Face Hub, or a directory."""
     timestep_embedding: str | None = None
-    """Embedding of timesteps: dit or diffusers; by default that of the class of a directory."""
+    """Embedding of timesteps: dit, diffusers or sit (the file is a SiT); by default as found."""
     license: str | None = None
     """Licence of the weights. By default cc-by-nc-4.0, as released, with a warning."""
     ema: bool = True
@@ -113,13 +114,21 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
     num_heads = options.num_heads
     if num_heads is None and metadata.get("num_heads", "").isdigit():
         num_heads = int(metadata["num_heads"])  # one of our own exports
+    kind, prediction_type = options.timestep_embedding or "dit", "epsilon"
+    if options.timestep_embedding is None and is_sit(state):
+        kind = "sit"
+    if kind == "sit":
+        refuse_other_path(metadata)
+        state, prediction_type = as_flow(state), "flow_prediction"
     network = infer_config(state, num_heads, options.input_size)
     check_shapes(state, network)
+    network = replace(network, timestep_embedding=kind)
     num_bases, num_experts = mixture_counts(state, options)
     config = RemixConfig(
         network=network,
         num_bases=num_bases,
         num_experts=num_experts,
+        prediction_type=prediction_type,
         class_names=options.class_names,
         autoencoder={"name": options.autoencoder},
         license=weights_license(options, metadata, path),

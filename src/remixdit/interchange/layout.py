@@ -20,6 +20,7 @@ from remixdit.mixture.names import matches, patterns_of
 
 __all__ = [
     "LOGITS",
+    "PATCHES",
     "check_shapes",
     "infer_config",
     "load_network",
