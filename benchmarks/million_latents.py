@@ -36,13 +36,26 @@ def make_sparse(directory: Path, num_images: int) -> None:
     index = {
         "format_version": 1,
         "kind": "moments",
-        "autoencoder": {"name": "none of these latents is real", "scaling_factor": 0.18215},
+        "source": {"name": "zeros", "num_images": num_images, "fingerprint": ""},
+        "autoencoder": {"name": "none-of-these-latents-is-real", "scaling_factor": 0.18215},
+        "image_size": 256,
+        "channels": 3,
+        "crop": "center",
         "mirrored": False,
         "latent_shape": [ROW[0] // 2, *ROW[1:]],
         "shape": ROW,
         "dtype": "float16",
+        "shard_size": SHARD_SIZE,
         "class_names": [str(label) for label in range(NUM_CLASSES)],
-        "shards": [{"num_images": count} for count in counts],
+        "num_images": num_images,
+        "num_classes": NUM_CLASSES,
+        "class_counts": [num_images // NUM_CLASSES] * NUM_CLASSES,
+        "class_labels_digest": "",
+        "shards": [
+            {"num_images": count, "digests": {shard_file(number): ""}}
+            for number, count in enumerate(counts)
+        ],
+        "skipped": [],
     }
     (directory / "index.json").write_text(json.dumps(index))
 

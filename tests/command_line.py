@@ -42,14 +42,18 @@ def remixdit(line: str) -> None:
 
 
 def refusal(line: str, capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """Run a command that must be refused; return its one sentence."""
+    """Run a command that must be refused; return its one sentence.
+
+    Before that the command may have said which weights it takes.
+    """
     capsys.readouterr()
     assert main(line.split()) == code
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("remixdit: error: ")
-    assert printed.err.count("\n") == 1
-    return printed.err.removeprefix("remixdit: error: ").rstrip("\n")
+    *before, error = printed.err.splitlines()
+    assert all(" weights of " in said for said in before), printed.err
+    assert error.startswith("remixdit: error: ")
+    return error.removeprefix("remixdit: error: ")
 
 
 def json_result(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

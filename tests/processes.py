@@ -47,6 +47,21 @@ def launch(line: str, num_processes: int = 2, code: int = 0, limit: float = 120)
     return done.stderr
 
 
+def start_processes(line: str, num_processes: int = 2) -> "subprocess.Popen[str]":
+    """Start a command on several processes, and do not wait."""
+    words = command(line, num_processes)
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def worker_pids(torchrun: int) -> list[int]:
+    """Return the processes that torchrun started, in the order of their ranks."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    environments = {
+        int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children
+    }
+    return sorted(environments, key=lambda pid: b"RANK=1" in environments[pid])
+
+
 def environment() -> dict[str, str]:
     """Return the environment of every process: a thread each, and warnings are errors."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}

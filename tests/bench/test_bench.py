@@ -89,7 +89,7 @@ def test_the_naive_variants_run_in_every_third_round_only():
     assert sum(turn.is_timed for turn in order) == 7 + 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
 def test_compiled_and_bfloat16_variants_run():
     config = BenchConfig(**TINY, experts_per_step=(2,), precision="bf16", compile=True)

@@ -93,7 +93,12 @@ def kept_after_a_step(training: Training, inputs: Inputs) -> dict[str, int]:
 def test_memory_is_that_of_the_tensors_of_a_real_step(name, precision, tmp_path):
     config = tiny_run(tmp_path, precision=precision, **MIXTURES[name])
     start = starting_model(config, outline_of(config))
-    training = Training(config, start, finish(open_dataset(config, Ranks())), Ranks())
+    training = Training(
+        config,
+        start,
+        finish(open_dataset(config, Ranks(), start.config.network.input_size)),
+        Ranks(),
+    )
     found = kept_after_a_step(training, next(training.batches()))
     said = step_cost(replace(config, network=start.config.network)).memory
     assert {name: said[name] for name in KEPT} == found

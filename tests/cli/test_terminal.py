@@ -1,12 +1,18 @@
 """Long work and its bars."""
 
+import json
+import logging
 import re
 from collections.abc import Generator
+from dataclasses import replace
 
 import pytest
 
-from remixdit.cli.terminal import follow
+from remixdit.cli.main import main
+from remixdit.cli.terminal import follow, say
 from remixdit.progress import Progress, finish
+from tests.command_line import remixdit, write_npz
+from tests.tiny import tiny_model
 
 
 def counting(to: int) -> Generator[Progress, None, str]:
@@ -36,3 +42,37 @@ def test_work_that_fails_fails_in_the_open():
 
     with pytest.raises(ValueError, match="no such file"):
         follow(failing())
+
+
+ESCAPE = "\x1b]0;owned\x07\x9b31m"
+
+
+def test_no_name_reaches_the_terminal_raw(tmp_path, capsys):
+    write_npz(tmp_path / "a.npz", num_classes=2)
+    remixdit(f"encode {tmp_path}/a.npz --output {tmp_path}/out --image-size 16")
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    index["class_names"] = [ESCAPE, "a\nb"]
+    index["source"]["name"] = ESCAPE
+    index["skipped"] = [{"index": 0, "image": ESCAPE, "reason": f"no\n{ESCAPE}"}]
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    remixdit(f"data check {tmp_path}/out")
+    assert main(["data", "check", f"{tmp_path}/{ESCAPE}"]) == 2
+    say(ESCAPE)
+    logging.getLogger("remixdit.data").warning("left out: %s", ESCAPE)
+    printed = capsys.readouterr()
+    for line in (printed.out + printed.err).split("\n"):
+        assert line.isprintable(), line
+    assert "\\x1b]0;owned\\x07" in printed.out
+    assert printed.err.count("\\x9b31m") == 3
+    assert "a\\nb" in printed.out
+
+
+def test_a_foreign_licence_is_one_printable_line(tmp_path, capsys):
+    model = tiny_model()
+    model.config = replace(model.config, license=f"mit\ntags: [x]{ESCAPE}")
+    model.save_pretrained(tmp_path / "model")
+    remixdit(f"info {tmp_path}/model")
+    remixdit(f"info {tmp_path}/model --json")
+    printed = capsys.readouterr().out
+    assert "licence      mit\\ntags: [x]\\x1b" in printed
+    assert all(line.isprintable() for line in printed.split("\n"))

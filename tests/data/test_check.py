@@ -100,8 +100,8 @@ def test_a_shard_cut_short_is_refused(shards):
 
 
 def test_labels_out_of_range_are_found(shards):
-    change_index(shards, class_names=["a"])
-    assert check(shards).problems == ("labels must lie in [0, 1], got 2",)
+    change_index(shards, class_names=["a"], num_classes=1, class_counts=[30])
+    assert check(shards).problems == (f"labels of {shards} must lie in [0, 1], got 2",)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff"])

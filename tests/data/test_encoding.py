@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
+from remixdit.data.encoding import _precision
 from remixdit.data.prepare import prepare as preparation
 from remixdit.progress import finish
 
@@ -191,3 +192,9 @@ def test_a_configuration_that_makes_no_sense_is_refused(settings, message):
 def test_a_directory_without_an_index_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no index.json: it is no finished encoding"):
         ShardDataset(tmp_path)
+
+
+def test_encoding_is_float32_on_every_device_unless_asked():
+    for device in ("auto", "cpu", "cuda"):
+        config = EncodeConfig(image_size=16, autoencoder="vae", device=device)
+        assert _precision(config) == "fp32"

@@ -137,8 +137,25 @@ def test_flow_matching_has_losses_and_no_bits(data):
     assert "flow_prediction has no variational bound" in result["bits_per_dim"]["left_out"]
     assert result["intervals"][-1]["to"] == 1
     v = RemixDiT.from_dit(tiny_dit(input_size=16, patch_size=4, in_channels=3), 1, 1)
-    with pytest.raises(ValueError, match="against must have the prediction_type flow_prediction"):
+    with pytest.raises(ValueError, match="prediction_type of --against v must be flow_prediction"):
         finish(evaluate_intervals(model, held, LossesConfig(), Rival("v", v)))
+
+
+def test_a_rival_sees_its_own_labels_of_the_same_classes(data):
+    shape = {"input_size": 16, "patch_size": 4, "in_channels": 3}
+    network = tiny_dit(**shape)
+    turned = tiny_dit(**shape)
+    table = network.y_embedder.embedding_table.weight.detach()
+    turned.y_embedder.embedding_table.weight = torch.nn.Parameter(table[[2, 0, 1, 3]])
+    model = RemixDiT.from_dit(network, 1, 1, class_names=("cat", "dog", "elk"))
+    rival = RemixDiT.from_dit(turned, 1, 1, class_names=("elk", "cat", "dog"))
+    held, _ = open_held_out(f"{data}/real.npz", model.config, 6)
+    assert len(held.class_labels.unique()) > 1
+    found = finish(evaluate_intervals(model, held, LossesConfig(), Rival("turned", rival)))
+    assert found["loss"]["difference"]["value"] == 0
+    fruits = RemixDiT.from_dit(turned, 1, 1, class_names=("elk", "cat", "pear"))
+    with pytest.raises(ValueError, match=r"--against fruits .* adds 'pear' and lacks 'dog'"):
+        finish(evaluate_intervals(model, held, LossesConfig(), Rival("fruits", fruits)))
 
 
 def test_figures_show_the_losses_and_the_matrix(model, data):
@@ -154,6 +171,18 @@ def test_figures_show_the_losses_and_the_matrix(model, data):
     excess = 100 * (matrix / matrix.min(0) - 1)
     shown = matrix_figure(result).axes[0].images[0].get_array()
     np.testing.assert_allclose(shown, excess, rtol=1e-4, atol=1e-4)
+
+
+def test_bars_of_a_comparison_are_errors_of_paired_differences(model, data):
+    loaded = RemixDiT.from_pretrained(model)
+    held, _ = open_held_out(f"{data}/real.npz", loaded.config)
+    result = finish(evaluate_intervals(loaded, held, LossesConfig(), Rival("same", loaded)))
+    for number, row in enumerate(result["intervals"]):
+        row["difference"]["standard_error"] = 0.01 * (number + 1) * row["against"]["value"]
+    bars = interval_figure(result, "ours", "same").axes[1].collections
+    assert len(bars) == 1  # the model compared with has no difference from itself
+    heights = [high - low for (_, low), (_, high) in bars[0].get_segments()]
+    np.testing.assert_allclose(heights, [2.0 * (n + 1) for n in range(len(heights))])
 
 
 # of runs
@@ -203,8 +232,8 @@ def test_a_run_of_continuous_time_is_measured(tmp_path):
     [
         ("", "required: --data STR (remixdit losses --help says more)"),
         ("--data {}/nowhere", "no such file or folder, nor owner/name on the hub"),
-        ("--data {0}/cows", "data must hold classes of the model, got 'cow' in {0}/cows"),
-        ("--data {}/small", "must be (3, 16, 16) for this model, got (3, 8, 8)"),
+        ("--data {0}/cows", "classes of {0}/cows must be among those of the model, got 'cow'"),
+        ("--data {}/small", "must be (3, 16, 16), as for the model, got (3, 8, 8)"),
         ("--data {0}/others --num-images 1", "and at most the 9 of {0}/others, got 1"),
         ("--data {0}/others --num-images 10", "and at most the 9 of {0}/others, got 10"),
         ("--data {}/others --device tpu", "device must be auto, cpu or cuda, got 'tpu'"),

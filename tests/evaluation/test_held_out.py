@@ -8,6 +8,7 @@ from PIL import Image
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
 from remixdit.evaluation.held_out import held_out, model_labels, open_held_out
 from remixdit.model.config import RemixConfig
+from remixdit.model.match import Side
 from remixdit.progress import finish
 from tests.command_line import write_folder
 from tests.tiny import tiny_config
@@ -18,6 +19,12 @@ NAMELESS = RemixConfig(network=tiny_config())
 PIXELS = RemixConfig(
     network=tiny_config(input_size=16, in_channels=3), class_names=("cat", "dog", "elk")
 )
+
+
+def side(names: tuple[str, ...]) -> Side:
+    """What data of these classes state."""
+    pixels = {"name": "none"}
+    return Side(name="here", num_classes=len(names), class_names=names, autoencoder=pixels)
 
 
 @pytest.fixture
@@ -53,9 +60,14 @@ def test_images_are_drawn_by_seed(photos):
 def test_a_study_measures_the_first_images(photos, tmp_path):
     dataset = ShardDataset(tmp_path / "shards")
     whole, _ = open_held_out(str(tmp_path / "shards"), PIXELS)
-    assert torch.equal(held_out(dataset, 3).latents, whole.latents[:3])
+    assert torch.equal(held_out(dataset, 3, PIXELS).latents, whole.latents[:3])
     with pytest.raises(ValueError, match=r"num_images must be in 1\.\.9, got 10"):
-        held_out(dataset, 10)
+        held_out(dataset, 10, PIXELS)
+
+
+def test_a_study_numbers_held_out_classes_as_its_model_does(photos, tmp_path):
+    held = held_out(ShardDataset(tmp_path / "shards"), 9, PIXELS)
+    assert held.class_labels.tolist() == [0] * 4 + [2] * 5  # cat and elk of cat, dog and elk
 
 
 @pytest.mark.parametrize(
@@ -71,22 +83,22 @@ def test_a_study_measures_the_first_images(photos, tmp_path):
     ],
 )
 def test_labels_are_matched_by_name_or_by_number(config, names, labels, expected):
-    assert model_labels(torch.tensor(labels), names, config, "here").tolist() == expected
+    assert model_labels(torch.tensor(labels), side(names), config).tolist() == expected
 
 
 def test_a_model_without_classes_takes_any_labels():
     config = RemixConfig(network=tiny_config(num_classes=0))
-    assert model_labels(torch.tensor([0, 1]), ("cat", "dog"), config, "here").tolist() == [0, 0]
+    assert model_labels(torch.tensor([0, 1]), side(("cat", "dog")), config).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
     ("config", "names", "message"),
     [
-        (CLASSES, ("cat", "cow"), "data must hold classes of the model, got 'cow' in here"),
-        (CLASSES, ("0", "1"), "data must be of the model's 3 classes, got 2 in here"),
-        (NAMELESS, ("cat",), "data must be of the model's 3 classes, got 1 in here"),
+        (CLASSES, ("cat", "cow"), "classes of here must be among those of the model, got 'cow'"),
+        (CLASSES, ("0", "1"), "classes of here must be the 3 of the model, got 2"),
+        (NAMELESS, ("cat",), "classes of here must be the 3 of the model, got 1"),
     ],
 )
 def test_classes_of_another_model_are_refused(config, names, message):
     with pytest.raises(ValueError, match=message):
-        model_labels(torch.tensor([0]), names, config, "here")
+        model_labels(torch.tensor([0]), side(names), config)

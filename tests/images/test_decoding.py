@@ -5,14 +5,18 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
+from remixdit.images import decoding
 from remixdit.images.decoding import center_crop, decode, random_crop
+from remixdit.images.room import Room
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -87,9 +91,88 @@ def test_the_first_frame_of_an_animation_is_taken():
     assert pixel(decode(content)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000"])
-def test_every_format_of_pillow_is_read(kind):
+@pytest.mark.parametrize("kind", decoding.FORMATS)
+def test_every_format_of_pictures_is_read(kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
     assert decode(encoded(noise(12, 9), kind)).size == (12, 9)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "ICO", "TGA", "PCX", "SGI", "BLP"])
+def test_no_other_format_is_opened(monkeypatch, kind):
+    """A picture called cat.jpg that begins with %!PS went to Ghostscript."""
+    content = encoded(noise(16, 16, "P" if kind == "BLP" else "RGB"), kind)
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, kind, (pytest.fail, lambda prefix: True))
+    with pytest.raises(ValueError, match=r"no known image format \(JPEG, PNG, .*\)"):
+        decode(content)
+    assert decoding.is_grey(content)
+
+
+CUT_EXIF = [
+    b"II*\0\x08",  # struct.error
+    b"II*\0\xff\xff\xff\xff",
+    b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0",  # orientation 99
+]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", CUT_EXIF)
+def test_a_picture_whose_exif_is_damaged_stays(exif):
+    content = encoded(noise(20, 10), "JPEG", exif=b"Exif\0\0" + exif)
+    assert decode(content).size == (20, 10)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_orientation_is_that_of_pillow(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(noise(20, 10), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert np.array_equal(np.asarray(decode(content)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, struct.error, RecursionError])
+def test_whatever_a_decoder_raises_is_a_skipped_image(tmp_path, monkeypatch, error):
+    for name in ("bad.png", "good.bmp"):
+        noise(20, 20).save(tmp_path / name)
+
+    def raises(image: Image.Image) -> None:
+        raise error("damaged")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", raises)
+    config = EncodeConfig(image_size=16, channels=3)
+    list(encode(open_source(tmp_path), tmp_path / "out", config))
+    (skipped,) = ShardDataset(tmp_path / "out").index["skipped"]
+    assert skipped["reason"] == "the image cannot be decoded: damaged"
+
+
+def test_pictures_in_all_threads_share_one_room():
+    room, most, held = Room(100), 0, threading.Lock()
+
+    def take(num_pixels: int) -> None:
+        nonlocal most
+        with room.of(num_pixels), held:
+            most = max(most, room.taken)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take, [100, 60, 40, 30] * 50))
+    assert most <= 100
+    assert room.taken == 0
+
+
+def test_what_is_decoded_holds_its_room(monkeypatch):
+    content, taken = encoded(noise(20, 10)), []
+    load = PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(
+        PngImagePlugin.PngImageFile,
+        "load",
+        lambda image: (taken.append(decoding.room.taken), load(image)),
+    )
+    decode(content)
+    assert taken[0] == 200
+    assert decoding.room.taken == 0
 
 
 def adm_center_crop(image: Image.Image, image_size: int) -> np.ndarray:
@@ -151,7 +234,7 @@ BAD_FILES = {
     "text.png": (b"This is no image.", "the file is of no known image format"),
     "dot.png": (encoded(Image.new("RGB", (1, 1))), "at least 8 pixels wide and high, got 1x1"),
     "bomb.png": (huge_png(30_000, 30_000), "pixels"),
-    "large.png": (huge_png(13_000, 13_000), "pixels"),
+    "large.png": (huge_png(8_192, 8_193), "at most 67108864 pixels, got 8192x8193"),
     "float.tiff": (encoded(Image.new("F", (9, 9)), "TIFF"), "no stated white"),
 }
 
@@ -201,7 +284,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFIN
 try:
     for progress in encode(source, sys.argv[2], EncodeConfig(image_size=32, shard_size=10)):
         pass
-except ValueError as error:
+except OSError as error:
     print(error)
 """
 
@@ -235,7 +318,7 @@ def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(tmp_path):
         pytest.skip("no right to mount a small disk")
     try:
         config = EncodeConfig(image_size=64, shard_size=10)
-        with pytest.raises(ValueError, match="No space left on device; finished shards stay"):
+        with pytest.raises(OSError, match="No space left on device; finished shards stay"):
             list(encode(open_source(tmp_path / "a.npz"), disk / "out", config))
         kept = sorted(path.name for path in (disk / "out").glob("*.npy*"))
         assert kept == [f"latents-0000{number}.npy" for number in range(4)]
@@ -250,7 +333,7 @@ def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(tmp_path):
 def test_an_output_without_permission_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", np.zeros((3, 32, 32, 3), np.uint8))
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ValueError, match=r"cannot write .*locked/out: Permission denied"):
+    with pytest.raises(OSError, match=r"cannot write .*locked/out: Permission denied"):
         list(
             encode(
                 open_source(tmp_path / "a.npz"),

@@ -211,7 +211,7 @@ def test_the_licence_of_the_released_weights_is_assumed_with_a_warning(tmp_path,
     path = saved(published(tiny_dit()), tmp_path)
     run_import(ImportConfig(source=path, output=tmp_path / "model", num_heads=2))
     assert RemixDiT.from_pretrained(tmp_path / "model").config.license == "cc-by-nc-4.0"
-    assert "license_name: cc-by-nc-4.0" in (tmp_path / "model" / "README.md").read_text()
+    assert "\nlicense: cc-by-nc-4.0\n" in (tmp_path / "model" / "README.md").read_text()
     assert "cc-by-nc-4.0" in caplog.text
     assert "--license" in caplog.text
 
@@ -400,6 +400,21 @@ def test_a_licence_survives_export_and_import(tmp_path, caplog):
     path = export_dit(model, tmp_path / "out")
     assert import_checkpoint(path).config.license == "cc-by-4.0"
     assert not caplog.records
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
+def test_what_a_model_states_survives_export_and_import(prediction_type, tmp_path):
+    facts = {
+        "prediction_type": prediction_type,
+        "num_train_timesteps": 250,
+        "class_names": ("cat", "dög", "elk"),
+        "autoencoder": {"name": "kl", "digest": "1234"},
+        "license": "mit",
+    }
+    model = RemixDiT.from_dit(tiny_dit(learn_sigma=False), 1, 1, **facts)
+    back = import_checkpoint(export_dit(model, tmp_path / "out")).config
+    assert {name: getattr(back, name) for name in facts} == facts
+    assert back == model.config
 
 
 def test_exported_experts_say_who_owns_which_timesteps(tmp_path):

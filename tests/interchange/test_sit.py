@@ -1,11 +1,13 @@
 """A SiT becomes a DiT of flow matching with equal outputs."""
 
+import argparse
+
 import pytest
 import torch
 from torch import Tensor
 
 from remixdit.diffusion.dit import DiT
-from remixdit.interchange import import_checkpoint
+from remixdit.interchange import export_dit, import_checkpoint
 from remixdit.interchange.sit import is_sit, refuse_other_path
 from remixdit.model.model import RemixDiT
 from tests.command_line import refusal, remixdit
@@ -69,6 +71,49 @@ def test_a_sit_is_told_apart_by_its_weights():
     assert not is_sit(tiny_dit(learn_sigma=False, in_channels=3).state_dict())
     assert not is_sit(DiT(sit().config).state_dict())  # untrained: all of its outputs are zero
     assert not is_sit({})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("SiT-XL-2-256x256.pt", {}),
+        ("0400000.pt", {"model": "SiT-B/2"}),
+        ("0400000.pt", {"model": "mine", "prediction": "velocity"}),
+        ("0400000.pt", {"path_type": "Linear"}),
+    ],
+)
+@pytest.mark.parametrize("kind", [argparse.Namespace, dict])
+def test_a_sit_is_told_apart_by_its_name_or_its_arguments(kind, name, arguments, tmp_path):
+    weights = sit(learn_sigma=False).state_dict()
+    content = {"ema": weights, "model": weights, "args": kind(lr=1e-4, **arguments)}
+    torch.save(content if arguments else weights, tmp_path / name)
+    facts = {**MIT, "input_size": 8}
+    config = import_checkpoint(tmp_path / name, **facts).config
+    assert (config.is_flow, config.network.timestep_embedding) == (True, "sit")
+    asked = import_checkpoint(tmp_path / name, timestep_embedding="dit", **facts).config
+    assert (asked.is_flow, asked.network.timestep_embedding) == (False, "dit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path_type": "GVP", "prediction": "velocity"}, "path_type must be Linear"),
+        ({"path_type": "Linear", "prediction": "noise"}, "prediction must be velocity"),
+        ({"prediction": "score"}, "prediction must be velocity"),
+    ],
+)
+def test_a_file_of_another_path_or_prediction_is_refused(arguments, message, tmp_path, capsys):
+    content = {"ema": sit().state_dict(), "args": argparse.Namespace(**arguments)}
+    torch.save(content, tmp_path / "0400000.pt")
+    line = f"import {tmp_path}/0400000.pt --output {tmp_path}/out --num-heads 2 --license mit"
+    assert refusal(f"{line} --input-size 8", capsys).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_ours_is_no_sit_whatever_its_name_is(tmp_path):
+    model = RemixDiT.from_dit(sit(), 1, 1, license="mit")  # no variance is learned yet
+    exported = export_dit(model, tmp_path / "out").rename(tmp_path / "SiT.safetensors")
+    assert import_checkpoint(exported).config == model.config
 
 
 @pytest.mark.parametrize("stated", [{"path_type": "GVP"}, {"prediction": "score"}])

@@ -72,7 +72,7 @@ def test_training_equals_the_published_training(given, settings):
         gradients_of_logits(experts, train["prior_strength"])
         optimizer.step()
         optimizer.zero_grad()
-        average.update(config.ema_weight(step))
+        average.update(config.ema_weight(step), torch.tensor(True))
         losses.append(loss.detach())
 
     def check(kind: str) -> None:

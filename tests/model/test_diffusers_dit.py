@@ -8,8 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from remixdit.interchange import export_diffusers, import_checkpoint
+from remixdit.model import loading
 from remixdit.model.describe import describe
-from remixdit.model.loading import load_model
+from remixdit.model.loading import load_model, stated_config
 from remixdit.model.model import RemixDiT
 from tests.command_line import refusal, remixdit
 from tests.tiny import batch, save_tiny, tiny_dit
@@ -82,6 +83,12 @@ def test_a_pipeline_gives_its_outputs_classes_and_autoencoder(tmp_path):
     remixdit(f"{line} --num-inference-steps 2")
 
 
+def test_the_configuration_of_a_model_of_the_hub_is_that_of_its_download(tmp_path, monkeypatch):
+    pipeline = save_pipeline(tmp_path, their_dit())
+    monkeypatch.setattr(loading, "download", lambda name: pipeline)
+    assert stated_config("owner/name") == stated_config(pipeline) == load_model(pipeline).config
+
+
 def test_diffusers_default_epsilon_changes_outputs_by_about_a_hundred_thousandth(tmp_path):
     network = their_dit(norm_eps=1e-5)
     network.save_pretrained(tmp_path)
@@ -146,6 +153,9 @@ def test_formats_whose_readers_embed_timesteps_otherwise_are_refused(tmp_path, c
         ("transformer", {"num_layers": 3}, "checkpoint must hold a DiT, got no transf"),
         ("transformer", {"num_layers": 1}, "checkpoint must hold a DiT alone"),
         ("transformer", {"out_channels": 5}, "out_channels must be 4"),
+        ("transformer", {"num_attention_heads": "2"}, "num_attention_heads must be an integer"),
+        ("transformer", {"num_layers": 10**9}, "depth of network must be at most 512"),
+        ("scheduler", {"num_train_timesteps": 0}, "num_train_timesteps must be at least 1, got 0"),
         ("scheduler", {"beta_schedule": "scaled_linear"}, "betas must be .*scaled_linear"),
     ],
 )

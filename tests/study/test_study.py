@@ -11,6 +11,8 @@ from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
 from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
+from remixdit.progress import finish
 from remixdit.study.config import StudyConfig
 from remixdit.study.report import paired, result_table, those_of
 from remixdit.study.study import Cell, cells_of, common_run, study
@@ -22,7 +24,7 @@ from remixdit.study.variants import (
     run_config,
     variant,
 )
-from tests.command_line import refusal, remixdit
+from tests.command_line import refusal, remixdit, write_folder
 
 
 def shards(directory: Path, count: int, seed: int) -> Path:
@@ -72,9 +74,9 @@ def config_for(given, output_dir: Path, **changes) -> StudyConfig:
 def finished(given, tmp_path_factory):
     """Return a finished study."""
     config = config_for(given, tmp_path_factory.mktemp("study") / "study", num_samples=40,
-                        num_inference_steps=2)  # fmt: skip
+                        num_inference_steps=2, seeds=1)  # fmt: skip
     progress = list(study(config))
-    assert [p.done for p in progress] == [0, 1, 2, 3, 4, 5]
+    assert [p.done for p in progress] == [0, 1, 2, 3]
     return config
 
 
@@ -86,7 +88,7 @@ def results_of(config: StudyConfig) -> dict[tuple[str, int], dict]:
 
 def test_every_variant_gets_the_same_images_and_nearly_the_same_operations(finished):
     results = results_of(finished)
-    assert len(results) == 5
+    assert len(results) == 3
     trained = [cell for cell in results.values() if cell["variant"] != "start"]
     assert {cell["images"] for cell in trained} == {32}
     assert len({cell["network_flops"] for cell in trained}) == 1
@@ -105,14 +107,14 @@ def test_losses_are_those_of_the_intervals_and_scores_have_names(finished):
 
 
 def test_a_finished_study_is_not_run_again_and_a_lost_cell_is(finished):
-    path = finished.output_dir / "cells" / "remix" / "seed-1" / "result.json"
+    path = finished.output_dir / "cells" / "remix" / "seed-0" / "result.json"
     before = json.loads(path.read_text())
     path.unlink()
-    assert [p.done for p in study(finished)] == [4, 5]
+    assert [p.done for p in study(finished)] == [2, 3]
     after = json.loads(path.read_text())
     for name in ("loss", "loss_by_interval", "half", "coefficients"):
         assert after[name] == before[name]
-    assert [p.done for p in study(finished)] == [5]
+    assert [p.done for p in study(finished)] == [3]
 
 
 def test_the_report_is_whole_and_the_table_is_markdown(finished):
@@ -238,6 +240,23 @@ def test_what_a_cell_could_not_do_is_refused_before_anything_is_written(given, t
         with pytest.raises(ValueError, match=message):
             list(study(config_for(given, tmp_path / "study", **changes)))
         assert not (tmp_path / "study").exists()
+
+
+def test_data_of_other_classes_than_the_start_are_refused_before_anything_is_written(
+    given, tmp_path
+):
+    start = load_model(given[2])
+    names = {"class_names": ("ant", "bee", "cow", "dog")}
+    RemixDiT(replace(start.config, **names), start.expert(0)).save_pretrained(tmp_path / "start")
+    for name, classes in (("data", ("bee", "ant", "elk")), ("held_out", ("bee", "elk"))):
+        folder = write_folder(tmp_path / name, **dict.fromkeys(classes, 4))
+        finish(
+            encode(open_source(folder), tmp_path / f"{name}-shards", EncodeConfig(image_size=16))
+        )
+        changes = {name: str(tmp_path / f"{name}-shards"), "init_from": str(tmp_path / "start")}
+        with pytest.raises(ValueError, match=r"classes of .* --from, got .*'elk'"):
+            list(study(config_for(given, tmp_path / "study", **changes)))
+    assert not (tmp_path / "study").exists()
 
 
 def test_other_settings_in_the_same_directory_are_refused(finished):

@@ -1,12 +1,10 @@
 """The update of a step: torch's AdamW, clipping, the prior, the average."""
 
-import copy
-
 import pytest
 import torch
 
 from remixdit.mixture.remix import remix
-from remixdit.training.average import Average
+from remixdit.training.average import Average, lerp_if
 from remixdit.training.config import MixtureConfig
 from remixdit.training.optimizer import (
     OptimizerConfig,
@@ -14,6 +12,7 @@ from remixdit.training.optimizer import (
     clip,
     gradients_of_logits,
     set_learning_rates,
+    step_if,
 )
 from tests.tiny import batch, perturb, tiny_dit
 
@@ -66,18 +65,41 @@ def test_frozen_coefficients_are_not_trained():
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_counts_as_zero(max_grad_norm):
+def test_a_skipped_step_changes_no_weight_moment_or_count(max_grad_norm):
+    """And good steps around it are those of the stock optimizer, bit for bit."""
+    network, reference = tiny_dit(), tiny_dit()
+    experts, theirs = (remix(each, 3, 5) for each in (network, reference))
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+    ours, stock = adamw(experts, config), adamw(theirs, config)
+    for step, factor in enumerate((1.0, float("nan"), 1.0, float("inf"), 1.0)):
+        for each, optimizer in ((experts, ours), (theirs, stock)):
+            with each.route([0, 1, 2, 3, 4, 4]):
+                output = each.network(*batch(each.network, seed=step))
+            torch.autograd.backward(output.square().mean() * factor)
+            norm = clip(weights_of(each), each.logits, max_grad_norm)
+            if optimizer is ours:
+                step_if(norm.isfinite(), optimizer)
+            elif factor == 1:
+                optimizer.step()
+            optimizer.zero_grad()
+    expected = reference.state_dict()
+    assert all(torch.equal(v, expected[name]) for name, v in network.state_dict().items())
+    for found, wanted in zip(ours.state.values(), stock.state.values(), strict=True):
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("weight", [0.9, 0.5, 0.1, 1e-4])
+def test_the_average_of_a_gpu_is_the_stock_one_and_stays_in_a_skipped_step(weight):
     network = tiny_dit()
-    experts = remix(network, 3, 5)
-    optimizer = adamw(experts, OptimizerConfig())
-    before = copy.deepcopy(network.state_dict())
-    with experts.route([0, 1, 2, 3, 4, 4]):
-        torch.autograd.backward(network(*batch(network)).sum() * float("nan"))
-    norm = clip(weights_of(experts), experts.logits, max_grad_norm)
-    gradients_of_logits(experts, 0.0)
-    optimizer.step()
-    assert not norm.isfinite()
-    assert all(torch.equal(values, before[name]) for name, values in network.state_dict().items())
+    stock, average = Average(network), Average(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape) ** 3)
+    for good in (torch.tensor(False), torch.tensor(True)):
+        stock.update(weight, good)
+        lerp_if(good, list(average.values.values()), list(network.parameters()), weight)
+        for name, values in stock.values.items():
+            assert torch.equal(average.values[name], values)
 
 
 def test_clipping_scales_all_gradients_alike():
@@ -143,7 +165,7 @@ def test_averages_follow_the_weights_and_are_swapped_without_a_trace():
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(1.0)
-    average.update(0.25)
+    average.update(0.25, torch.tensor(True))
     with average.swapped_in():
         for name, parameter in network.named_parameters():
             torch.testing.assert_close(parameter.detach(), before[name] + 0.25)

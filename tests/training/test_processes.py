@@ -19,18 +19,19 @@ from tests.processes import (
     OPTIONS,
     RUNS,
     assert_close_runs,
-    command,
     environment,
     free_port,
     launch,
+    start_processes,
+    worker_pids,
 )
 from tests.tiny import tiny_dit
 
 
-def slow(values: object) -> object:
-    """Return parameters of a test that takes long."""
+def long(values: object) -> object:
+    """Return parameters of a test that only .ci/long runs."""
     return pytest.param(
-        *(values if isinstance(values, tuple) else (values,)), marks=pytest.mark.slow
+        *(values if isinstance(values, tuple) else (values,)), marks=pytest.mark.long
     )
 
 
@@ -61,13 +62,13 @@ def test_two_processes_train_as_one_does(name, train, tmp_path):
     assert_processes_change_nothing(f"{train} {RUNS[name]}", 2, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["two experts a step"])
 def test_four_processes_train_as_one_does(name, train, tmp_path):
     assert_processes_change_nothing(f"{train} {RUNS[name]}", 4, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("options", ["--shard --micro-batch-size 3"])
 def test_bfloat16_arithmetic_gives_the_same_to_rounding(options, train, tmp_path):
     line = f"{train} --precision bf16 --mixed all --output-dir {tmp_path}"
@@ -109,7 +110,7 @@ def test_compiled_processes_train_as_one_does(options, train, tmp_path):
 # (processes, options) of the first and of the second half of a run
 HALVES = [
     ((2, "--shard"), (1, "")),
-    slow(((4, "--shard --shard-size 2"), (2, ""))),
+    long(((4, "--shard --shard-size 2"), (2, ""))),
 ]
 
 
@@ -131,7 +132,7 @@ def test_a_run_goes_on_with_other_processes(first, second, train, tmp_path):
     ("options", "message"),
     [
         ("--shard-size 2", "shard_size must be 0 without shard, got 2"),
-        slow(("--shard --shard-size 4", "shard_size must divide the 2 processes, got 4")),
+        long(("--shard --shard-size 4", "shard_size must divide the 2 processes, got 4")),
     ],
 )
 def test_groups_that_make_no_sense_are_refused(options, message, data, tmp_path):
@@ -140,7 +141,7 @@ def test_groups_that_make_no_sense_are_refused(options, message, data, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sharded_processes_sample_during_training(train, tmp_path):
     options = "--sample-every 3 --sample-images 4 --sample-inference-steps 3"
     line = f"{train} {options} --output-dir {tmp_path}"
@@ -216,7 +217,7 @@ def test_processes_that_differ_do_not_begin(name, tmp_path):
     assert done.stdout.count("refused") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_that_see_other_checkpoints_do_not_train_on_together(train, tmp_path):
     """Each process on a disk of its own: the second one has not got the last checkpoint."""
     run = tmp_path / "run"
@@ -255,8 +256,8 @@ def test_two_processes_encode_and_sample_what_one_does(data, given, tmp_path):
     ("options", "message"),
     [
         ("--batch-size 15", "batch_size must be a multiple of the 2 processes, got 15"),
-        pytest.param("--data nowhere", ".*nowhere.*", marks=pytest.mark.slow),
-        pytest.param("--steps 0", "steps must be at least 1, got 0", marks=pytest.mark.slow),
+        pytest.param("--data nowhere", ".*nowhere.*", marks=pytest.mark.long),
+        pytest.param("--steps 0", "steps must be at least 1, got 0", marks=pytest.mark.long),
     ],
 )
 def test_a_wrong_request_ends_in_one_line(options, message, data, tmp_path):
@@ -268,21 +269,10 @@ def test_a_wrong_request_ends_in_one_line(options, message, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def worker_pids(torchrun: int) -> list[int]:
-    """Return the processes that torchrun started, in the order of their ranks."""
-    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
-    environments = {
-        int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children
-    }
-    return sorted(environments, key=lambda pid: b"RANK=1" in environments[pid])
-
-
 def start_long_run(line: str, run: Path) -> "subprocess.Popen[str]":
     """Start a run on two processes, and wait until it has a checkpoint."""
     options = f"--steps 100000 --save-every 1 --keep-checkpoints 2 --output-dir {run}"
-    process = subprocess.Popen(
-        command(f"{line} {options}", 2), stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = start_processes(f"{line} {options}")
     wait_for_checkpoint(run)
     return process
 
@@ -310,7 +300,7 @@ def test_a_killed_process_ends_the_run_and_the_next_start_goes_on(rank, train, t
     assert steps == list(range(1, reached + 3))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_hangs_ends_the_run(train, tmp_path, monkeypatch):
     monkeypatch.setenv("REMIXDIT_STEP_SECONDS", "5")
     process = start_long_run(train, tmp_path / "run")
@@ -333,7 +323,7 @@ def start_host(line: str, port: int) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hosts_train_as_one_process_does(train, tmp_path):
     port = free_port()
     remixdit(f"{train} --output-dir {tmp_path}/one")
@@ -344,7 +334,7 @@ def test_two_hosts_train_as_one_process_does(train, tmp_path):
     assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [0])
 def test_a_lost_host_ends_the_run(lost, train, tmp_path):
     port, run = free_port(), tmp_path / "run"

@@ -10,13 +10,15 @@ from remixdit.data import EncodeConfig, ShardDataset, prepare
 from remixdit.distributed import Ranks
 from remixdit.mixture.coefficients import initial_table
 from remixdit.model.loading import load_model
+from remixdit.model.model import RemixDiT
 from remixdit.progress import finish
 from remixdit.training.config import MixtureConfig
 from remixdit.training.presets import train_config
-from remixdit.training.start import outline_of, starting_model
+from remixdit.training.start import Outline, outline_of, starting_model
 from remixdit.training.trainer import Training
 from tests.command_line import refusal, remixdit, save_model
 from tests.processes import assert_equal_runs
+from tests.tiny import tiny_dit
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,7 @@ def test_a_run_from_several_networks_resumes_without_them(data, tmp_path):
         ("--rank 2", "rank must be 0 with several networks of --from, got 2"),
         ("--train logits", "train must be all or coefficients, got 'logits'"),
         ("--train coefficients --coefficients one_hot", "train must be all without bases"),
+        ("--train coefficients --new-labels", "train must be all with --new-labels"),
     ],
 )
 def test_options_that_several_networks_contradict_are_refused(
@@ -110,6 +113,27 @@ def test_a_network_of_another_shape_is_named(data, networks, tmp_path, capsys):
     mixture = save_model(tmp_path / "mixture", 6)
     told = refusal(line(data, tmp_path / "run", [*networks[:2], str(mixture)]), capsys)
     assert told.startswith(f"num_experts of {mixture} must be 1, a plain DiT, got 5")
+
+
+def test_classes_of_every_network_are_matched_to_the_data_by_name(tmp_path):
+    names = [(), ("b", "a", "c")]
+    for number, known in enumerate(names):
+        model = RemixDiT.from_dit(tiny_dit(seed=number), 1, 1, class_names=known)
+        model.save_pretrained(tmp_path / str(number))
+    config = train_config(
+        "tiny",
+        data="not read",
+        output_dir=tmp_path / "run",
+        init_from=str(tmp_path / "0"),
+        further_bases=(str(tmp_path / "1"),),
+        mixture=MixtureConfig(num_bases=2, num_experts=2, mixed="all"),
+    )
+    shape = (tiny_dit().config.in_channels, 8, 8)
+    start = starting_model(config, Outline(shape, ("a", "b", "c"), {"name": "none"}))
+    table = dict(start.weights())["bases.y_embedder.embedding_table.weight"]
+    for number, rows in enumerate([[0, 1, 2, 3], [1, 0, 2, 3]]):
+        given = tiny_dit(seed=number).y_embedder.embedding_table.weight
+        assert torch.equal(table[number], given[rows])
 
 
 def test_coefficients_of_copies_are_not_trained_alone(data, networks, tmp_path, capsys):

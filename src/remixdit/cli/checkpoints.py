@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
+from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
-from remixdit.model.loading import load_model
+from remixdit.model.loading import find_model, load_model
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
 
-__all__ = ["check_precision", "names_model", "open_model"]
+__all__ = ["check_precision", "names_model", "newest_weights", "open_model"]
 
 MODEL_FILES = (
     "config.json",
@@ -40,9 +41,27 @@ def open_model(path: str, *, ema: bool, precision: str, device: torch.device) ->
     """Load a model to a device, in its precision."""
     if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
         raise ValueError(f"{path}: no such model, nor owner/name on the hub")
-    model = load_model(path, ema=ema, device=str(device))
+    model = load_model(newest_weights(path, ema), ema=ema, device=str(device))
     model.sample_with(PRECISIONS[precision])
     return model
+
+
+def newest_weights(path: str, ema: bool = True) -> str:
+    """Return the place of a run's newest weights, and say which step they are of.
+
+    Args:
+        path: A run; a model, which has no step, is returned as it is.
+        ema: Whether to take averaged weights rather than the last ones.
+    """
+    found = find_model(Path(path), ema)
+    if found is None:
+        return path
+    kind = "averaged weights" if ema else "weights"
+    if found.step is not None:
+        say(f"{path}: {kind} of step {found.step:,}")
+    elif found.directory != Path(path):
+        say(f"{path}: {kind} of the finished model, as there is no checkpoint")
+    return str(found.directory)
 
 
 def check_precision(precision: str) -> None:

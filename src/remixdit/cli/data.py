@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse
-from remixdit.cli.terminal import follow, say
+from remixdit.cli.results import write_result
+from remixdit.cli.terminal import follow, show
 from remixdit.data.check import check
+from remixdit.figures.text import one_line
 
 __all__ = ["run"]
 
@@ -36,9 +39,8 @@ def run(args: Sequence[str]) -> None:
     if output is not None and (output.suffix != ".png" or not output.parent.is_dir()):
         raise ValueError(f"output must be a .png in a directory that exists, got {output}")
     report = follow(check(arguments.directory), {"check": "files"})
-    print("\n".join(report.summary()))
+    show("\n".join(map(one_line, report.summary())))
     if output is not None and report.contact_sheet is not None:
-        report.contact_sheet.save(output)
-        say(f"wrote {output}")
+        write_result(output, partial(report.contact_sheet.save, format="png"))
     if report.problems:
         raise ValueError(f"{arguments.directory} has {len(report.problems)} problems")

@@ -15,7 +15,7 @@ from remixdit.cli.checkpoints import check_precision, names_model, open_model
 from remixdit.cli.evaluation_text import checks_text, images_text
 from remixdit.cli.results import as_json, claim, write_json
 from remixdit.cli.sample import label_numbers
-from remixdit.cli.terminal import follow
+from remixdit.cli.terminal import follow, show
 from remixdit.evaluation.images import ImageConfig, evaluate_images
 from remixdit.evaluation.metrics import self_test
 from remixdit.evaluation.subjects import Subject, files_subject, model_subject
@@ -97,7 +97,7 @@ def test(arguments: EvaluateArguments) -> None:
     refuse_changed(arguments, kept, "--self-test")
     checks = self_test(distributed.pick_device(arguments.device))
     rows = [{**check._asdict(), "passed": check.passed} for check in checks]
-    print(as_json(rows) if arguments.json else checks_text(checks))
+    show(as_json(rows) if arguments.json else checks_text(checks))
     failed = sum(not check.passed for check in checks)
     if failed:
         raise ArithmeticError(f"{failed} of {len(checks)} checks failed")
@@ -119,7 +119,11 @@ def evaluate(arguments: EvaluateArguments) -> None:
         result = of_model(arguments, device)
     else:
         subject = files_subject(
-            arguments.checkpoint, arguments.num_images, arguments.image_size, arguments.seed
+            arguments.checkpoint,
+            arguments.num_images,
+            arguments.image_size,
+            arguments.seed,
+            device,
         )
         result = scored(arguments, subject, device)
     distributed.barrier()
@@ -127,7 +131,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         result = {"remixdit": __version__, **result}
         if output:
             write_json(output, result)
-        print(as_json(result) if arguments.json else images_text(result))
+        show(as_json(result) if arguments.json else images_text(result))
 
 
 def refuse_changed(options: Any, unchanged: Any, what: str) -> None:

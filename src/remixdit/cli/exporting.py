@@ -1,11 +1,12 @@
 """`remixdit export CHECKPOINT`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import say
 from remixdit.interchange import ExportConfig, run_export
 
@@ -23,5 +24,6 @@ class ExportArguments(ExportConfig):
 def run(args: Sequence[str]) -> None:
     """Export."""
     config = base_config(parse(ExportArguments, args, "export"), ExportConfig)
-    run_export(config)
+    weights = newest_weights(config.checkpoint, config.ema)
+    run_export(replace(config, checkpoint=weights))
     say(f"wrote {config.output}")

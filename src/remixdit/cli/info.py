@@ -9,6 +9,9 @@ from typing import Any
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse
+from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.terminal import show
+from remixdit.figures.text import one_line
 from remixdit.model.describe import describe
 
 __all__ = ["run"]
@@ -29,8 +32,8 @@ class InfoArguments:
 def run(args: Sequence[str]) -> None:
     """Describe a model on stdout."""
     arguments = parse(InfoArguments, args, "info")
-    facts = describe(arguments.checkpoint, ema=arguments.ema)
-    print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else text(facts))
+    facts = describe(newest_weights(arguments.checkpoint, arguments.ema), ema=arguments.ema)
+    show(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else text(facts))
 
 
 def text(facts: Mapping[str, Any]) -> str:
@@ -52,7 +55,7 @@ def text(facts: Mapping[str, Any]) -> str:
             f"parameters   {parameters['active']:,} active, {parameters['total']:,} in all",
             f"cost         {facts['forward_flops_per_image'] / 1e9:,.3g} GFLOP an image and step, "
             f"{facts['training_flops_per_image'] / 1e9:,.3g} in training",
-            *([f"licence      {facts['license']}"] if facts["license"] else []),
+            *([f"licence      {one_line(facts['license'])}"] if facts["license"] else []),
             *(table(facts) if facts["num_experts"] > 1 else []),
         ]
     )

@@ -13,7 +13,7 @@ from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.checkpoints import check_precision, open_model
 from remixdit.cli.evaluation_text import intervals_text
 from remixdit.cli.results import as_json, claim, write_json, write_result
-from remixdit.cli.terminal import follow, say
+from remixdit.cli.terminal import follow, say, show
 from remixdit.evaluation.experts import LossesConfig, Rival, evaluate_intervals, stated_strata
 from remixdit.evaluation.held_out import open_held_out
 from remixdit.model.model import RemixDiT
@@ -139,7 +139,7 @@ def deliver(arguments: LossesArguments, result: dict[str, Any]) -> None:
             write_json(path, result)
         else:
             draw(what, path, result)
-    print(as_json(result) if arguments.json else intervals_text(result))
+    show(as_json(result) if arguments.json else intervals_text(result))
 
 
 def draw(what: str, path: Path, result: Mapping[str, Any]) -> None:

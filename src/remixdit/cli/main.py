@@ -1,7 +1,7 @@
 """The command line: find the command, run it, turn what went wrong into one line.
 
 Exit codes: 0 done; 1 the machine failed (a full disk, too little memory); 2 the request makes no
-sense; 130 interrupted. Results go to stdout, all else to stderr.
+sense; 75 training was stopped and saved; 130 interrupted. Results go to stdout, all else to stderr.
 """
 
 import logging
@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from remixdit import __version__
+from remixdit.figures.text import one_line
 
 __all__ = ["main"]
 
@@ -112,8 +113,16 @@ def run(args: Sequence[str]) -> int:
 def log_to_stderr() -> None:
     """Show the library's warnings, a line each."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("remixdit: %(message)s"))
+    handler.setFormatter(OneLine("remixdit: %(message)s"))
     logging.getLogger("remixdit").handlers = [handler]
+
+
+class OneLine(logging.Formatter):
+    """Warnings hold names of others: each is one printable line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return one_line(super().format(record))
 
 
 def failed(error: Exception, code: int) -> int:
@@ -138,4 +147,4 @@ def complain(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     who = "remixdit" if rank == "0" else f"remixdit, process {rank}"
     time.sleep(0 if rank == "0" else PATIENCE_SECONDS)
-    print(f"{who}: {text}", file=sys.stderr)
+    print(f"{who}: {one_line(text)}", file=sys.stderr)

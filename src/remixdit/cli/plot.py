@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse, refuse_moved
-from remixdit.cli.terminal import say
+from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.results import write_result
+from remixdit.model.loading import newest_checkpoint
 
 __all__ = ["run"]
 
@@ -32,7 +35,7 @@ def run(args: Sequence[str]) -> None:
     output: Path = arguments.output or arguments.run / "plots"
     if output.exists() and not output.is_dir():
         raise ValueError(f"output must be a directory, got the file {output}")
+    if newest_checkpoint(arguments.run) is not None:
+        newest_weights(str(arguments.run))  # says which step the coefficients are of
     for name, figure in run_figures(arguments.run):
-        output.mkdir(parents=True, exist_ok=True)
-        save(figure, output / f"{name}.png")
-        say(f"wrote {output / name}.png")
+        write_result(output / f"{name}.png", partial(save, figure))

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import Bar, say
 from remixdit.data.autoencoder import LatentAutoencoder, Pixels, load_autoencoder
 from remixdit.model.loading import load_model
@@ -64,7 +65,8 @@ def draw(arguments: SampleArguments) -> None:
     """Draw the images and write them."""
     target = target_of(arguments.output)
     device = distributed.pick_device(arguments.device)
-    model = load_model(arguments.checkpoint, ema=arguments.ema, device=str(device))
+    weights = newest_weights(arguments.checkpoint, arguments.ema)
+    model = load_model(weights, ema=arguments.ema, device=str(device))
     config = sampling_config(arguments, model)
     class_labels = labels_of(model, config).tolist()
     model.sample_with(PRECISIONS[arguments.precision], arguments.compile)
@@ -91,6 +93,7 @@ def draw(arguments: SampleArguments) -> None:
     if ranks.is_first:
         facts = {"scheduler": config.resolved_scheduler(model), "precision": arguments.precision}
         about = {"checkpoint": arguments.checkpoint, "sampling": {**asdict(config), **facts}}
+        about["class_names"] = model.config.class_names
         write_about(target, {**about, "class_labels": class_labels})
         say(f"wrote {config.num_images} images to {arguments.output}")
 

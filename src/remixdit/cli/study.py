@@ -1,5 +1,6 @@
 """`remixdit study NAME`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import fill
@@ -9,6 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import Bar, say
 from remixdit.study.config import StudyConfig
 from remixdit.study.study import study
@@ -45,7 +47,10 @@ def run(args: Sequence[str]) -> None:
         variants = (f"  {name:22}{variant.summary}" for name, variant in VARIANTS.items())
         print(HELP.format(studies="\n".join(studies), variants="\n".join(variants)), end="")
         return
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"study must run in one process, without torchrun, got {count} processes")
     config = base_config(parse(StudyArguments, args, "study"), StudyConfig)
+    newest_weights(config.init_from)  # says which step the variants start from
     try:
         with Bar(f"study {config.name}", 1) as bar:
             for progress in study(config):

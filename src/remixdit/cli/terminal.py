@@ -14,9 +14,10 @@ from typing import Self, TypeVar
 from rich import progress as rich_progress
 from rich.console import Console
 
+from remixdit.figures.text import one_line, printable
 from remixdit.progress import Progress
 
-__all__ = ["Bar", "follow", "say"]
+__all__ = ["Bar", "follow", "say", "show"]
 
 LINE_SECONDS = 60
 
@@ -47,7 +48,12 @@ def follow(work: Generator[Progress, None, Result], units: Mapping[str, str] = N
 def say(text: str) -> None:
     """Write one line to stderr."""
     if is_first():
-        print(f"remixdit: {text}", file=sys.stderr)
+        print(f"remixdit: {one_line(text)}", file=sys.stderr)
+
+
+def show(result: str) -> None:
+    """Write a result to stdout."""
+    print(printable(result))
 
 
 def is_first() -> bool:

@@ -1,5 +1,7 @@
 """`remixdit train PRESET`."""
 
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -9,11 +11,14 @@ import tyro
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.signals import TEMPORARY, stopped_by_signals
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.training.config import MixtureConfig, TrainConfig
 from remixdit.training.loop import train
-from remixdit.training.presets import PRESETS, preset
+from remixdit.training.presets import PRESETS, check_start, preset
+from remixdit.training.stopping import Stop
 
 __all__ = ["run"]
 
@@ -57,12 +62,20 @@ def run(args: Sequence[str]) -> None:
         )
     default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
     config = base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
+    check_start(name, config.init_from)
+    if config.init_from and newest_checkpoint(config.output_dir) is None:
+        for given in (config.init_from, *config.further_bases):
+            newest_weights(given)  # says which step the run starts from
+    stop = Stop()
     try:
-        show(config)
+        with stopped_by_signals(stop):
+            show(config, stop)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_resume(config)) from None
+        stop.ask("SIGINT")
     finally:
         distributed.stop()
+    if stop.reason and not is_finished(config):
+        end_early(config, stop, ["remixdit", "train", *args])
 
 
 def one_name_each(words: Sequence[str]) -> tuple[list[str], int]:
@@ -76,21 +89,40 @@ def one_name_each(words: Sequence[str]) -> tuple[list[str], int]:
     return [*words[:start], *names[:1], *further, *rest], len(names)
 
 
-def show(config: TrainConfig) -> None:
-    """Train, with a progress bar."""
+def show(config: TrainConfig, stop: Stop) -> None:
+    """Train, with a progress bar; say where it goes on from, and what is next."""
     progress = None
     with Bar("train", config.steps, "images", config.batch_size) as bar:
-        for progress in train(config):
-            if progress.stage == "train":
-                bar.update(progress.done, progress.note)
-            else:
+        for progress in train(config, stop):
+            if progress.stage != "train":
                 bar.show(f"encoding {config.data}: {progress.done} of {progress.total} images")
+                continue
+            if bar.first < 0 and progress.done > 1:
+                say(f"{config.output_dir} goes on from step {progress.done - 1} of {config.steps}")
+            bar.update(progress.done, progress.note)
     if progress is None or progress.stage != "train":
         say(f"{config.output_dir} has its {config.steps} steps already; more --steps extend it")
+    elif is_finished(config):
+        model = config.output_dir / "model"
+        sample = shlex.join(
+            ["remixdit", "sample", str(config.output_dir), "--output", "images.png"]
+        )
+        say(f"trained {config.steps} steps; the model is {model}; to draw images: {sample}")
 
 
-def how_to_resume(config: TrainConfig) -> str:
-    """Return where an interrupted run goes on."""
+def is_finished(config: TrainConfig) -> bool:
+    """Whether a run has its last step."""
     newest = newest_checkpoint(config.output_dir)
-    step = steps_done(newest) if newest else 0
-    return f"interrupted; the same command goes on from step {step}"
+    return newest is not None and steps_done(newest) >= config.steps
+
+
+def end_early(config: TrainConfig, stop: Stop, command: Sequence[str]) -> None:
+    """Say what was saved and how to go on; end with the exit code for that."""
+    newest = newest_checkpoint(config.output_dir)
+    saved = f"saved {newest}" if newest else "nothing was to be saved yet"
+    torchrun = "torchrun ... -m " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    text = f"stopped by {stop.reason}; {saved}; to go on: {torchrun}{shlex.join(command)}"
+    if stop.reason == "SIGINT":
+        raise KeyboardInterrupt(text)
+    say(text)
+    raise SystemExit(TEMPORARY)

@@ -23,7 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Autoencoder", "LatentAutoencoder", "Pixels", "load_autoencoder", "scale_and_shift"]
+__all__ = [
+    "Autoencoder",
+    "LatentAutoencoder",
+    "Pixels",
+    "load_autoencoder",
+    "scale_and_shift",
+    "stored_name",
+]
 
 Spec = Mapping[str, Any]
 
@@ -112,13 +119,16 @@ class LatentAutoencoder:
 Autoencoder = Pixels | LatentAutoencoder
 
 
-def load_autoencoder(spec: str | Path | Spec | None) -> Autoencoder:
+def load_autoencoder(
+    spec: str | Path | Spec | None, device: torch.device | str = "cpu"
+) -> Autoencoder:
     """Load an autoencoder.
 
     Args:
         spec: "none" or None for pixels; an id on the Hugging Face hub; a local directory that
             diffusers' `save_pretrained` wrote (or a pipeline's, with a folder `vae`); or the
             `spec` of an autoencoder, whose weights and scaling must then be the same.
+        device: Device of its weights.
 
     Raises:
         ValueError: It cannot be loaded, or is another one than the spec describes.
@@ -126,15 +136,20 @@ def load_autoencoder(spec: str | Path | Spec | None) -> Autoencoder:
     if spec is None or spec == "none" or (isinstance(spec, Mapping) and spec["name"] == "none"):
         return Pixels()
     if not isinstance(spec, Mapping):
-        return _from_pretrained(str(spec))
+        return _from_pretrained(str(spec)).to(device)
     autoencoder = _from_pretrained(spec["name"])
     for key, found in autoencoder.spec.items():
-        if spec.get(key, found) != found:
+        if key != "name" and spec.get(key, found) != found:  # the digest tells more than a path
             raise ValueError(
                 f"{key} of autoencoder {spec['name']} must be {spec[key]}, as its latents were "
                 f"made with, got {found}"
             )
-    return autoencoder
+    return autoencoder.to(device)
+
+
+def stored_name(name: str) -> str:
+    """Return the name under which an autoencoder is kept: of a directory the resolved path."""
+    return str(Path(name).resolve()) if name != "none" and Path(name).is_dir() else name
 
 
 def scale_and_shift(spec: Spec) -> tuple[Tensor, Tensor]:
@@ -160,7 +175,7 @@ def _from_pretrained(name: str) -> LatentAutoencoder:
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"autoencoder {name} cannot be loaded: {first_line}") from error
-    return LatentAutoencoder(network, str(Path(name).resolve()) if is_local else name)
+    return LatentAutoencoder(network, stored_name(name))
 
 
 def _quiet_diffusers() -> None:

@@ -85,19 +85,21 @@ def check(directory: str | Path) -> Generator[Progress, None, Report]:
     """
     dataset = ShardDataset(directory)
     problems = yield from _wrong_files(dataset)
+    try:
+        dataset.check_files()
+    except ValueError as error:
+        problems = problems or [str(error)]
     if problems:
         # Broken shards are not decoded: their pictures would be meaningless.
         counts = np.zeros(dataset.num_classes + 1, np.int64)
         return Report(dataset=dataset, problems=tuple(problems), class_counts=counts)
     counts = np.bincount(dataset.class_labels, minlength=dataset.num_classes + 1)
-    if len(counts) > dataset.num_classes + 1:
-        problems.append(f"labels must lie in [0, {dataset.num_classes}], got {len(counts) - 1}")
     chosen = _spread(len(dataset), NUM_MEASURED)
     latents, _ = dataset.read(chosen, np.zeros_like(chosen), seed=0)
     sheet, remark = _contact_sheet(dataset)
     return Report(
         dataset=dataset,
-        problems=tuple(problems),
+        problems=(),
         remarks=(*_remarks(dataset, counts, float(latents.std())), *remark),
         class_counts=counts,
         latent_mean=float(latents.mean()),
@@ -149,6 +151,9 @@ def _remarks(dataset: ShardDataset, class_counts: np.ndarray, std: float) -> Ite
 
 
 def _contact_sheet(dataset: ShardDataset) -> tuple[Image.Image | None, tuple[str, ...]]:
+    name = dataset.autoencoder["name"]
+    if not _is_here(name):  # the index may come from anywhere: it is not asked what to download
+        return None, (f"no contact sheet: autoencoder {name} is not on this machine",)
     try:
         autoencoder = load_autoencoder(dataset.autoencoder)
     except ValueError as error:  # shards may be checked where their autoencoder is not
@@ -158,6 +163,19 @@ def _contact_sheet(dataset: ShardDataset) -> tuple[Image.Image | None, tuple[str
     latents = rows / 127.5 - 1 if isinstance(autoencoder, Pixels) else dataset.means(rows)
     images = torch.cat([autoencoder.decode(part) for part in torch.split(latents, 8)])
     return _grid(images.cpu().numpy()), ()
+
+
+def _is_here(name: str) -> bool:
+    """Return whether an autoencoder is a local directory, or was downloaded before."""
+    import huggingface_hub
+
+    if name == "none" or Path(name).is_absolute():
+        return True
+    files = [
+        huggingface_hub.try_to_load_from_cache(name, path)
+        for path in ("config.json", "vae/config.json")
+    ]
+    return any(isinstance(file, str) for file in files)
 
 
 def _grid(images: np.ndarray) -> Image.Image:

@@ -57,8 +57,8 @@ class EncodeConfig:
     """Seed for the random crops."""
     device: str = "auto"
     """Device of the autoencoder: auto, cpu or cuda. auto is the GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the autoencoder; auto is bf16 on a GPU and fp32 on the CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Precision of the autoencoder: fp32, bf16, or auto, which is bf16 on a GPU."""
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 8), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
@@ -104,11 +104,12 @@ def encode(
 
     Raises:
         ValueError: The directory holds another encoding, an image cannot be read (when strict),
-            the autoencoder does not fit, or the directory cannot be written.
+            or the autoencoder does not fit.
+        OSError: The directory cannot be written.
     """
     autoencoder = load_autoencoder(config.autoencoder)
     settings = _settings(source, config, autoencoder)
-    directory = EncodedDir(Path(output_dir), settings)
+    directory = EncodedDir(Path(output_dir), settings, source.earlier_fingerprint)
     with _explain_disk_errors(directory.directory):
         if not directory.start():
             yield Progress("encode", len(source), len(source))
@@ -129,10 +130,12 @@ def _explain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        text = (
             f"cannot write {error.filename or directory}: {error.strerror}; finished shards stay, "
             "and the same command continues after them"
-        ) from error
+        )
+        kind = ValueError if isinstance(error, FileExistsError | NotADirectoryError) else OSError
+        raise kind(text) from error
 
 
 class _Encoder:

@@ -60,10 +60,17 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's share of a step (0, 1, ...)."""
-        epochs, places = np.divmod(step * self.batch_size + self.positions, len(self.dataset))
-        indices = permuted(places, len(self.dataset), self.seed, epochs)
+        epochs, indices = self._drawn(step, self.positions)
         latents, labels = self.dataset.read(indices, epochs, self.seed, mirror=self.mirror)
         return Batch(latents, labels, torch.from_numpy(self.positions.copy()))
+
+    def indices(self, step: int, positions: np.ndarray) -> np.ndarray:
+        """Return the images at the given places of the batch of all ranks."""
+        return self._drawn(step, positions)[1]
+
+    def _drawn(self, step: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        epochs, places = np.divmod(step * self.batch_size + positions, len(self.dataset))
+        return epochs, permuted(places, len(self.dataset), self.seed, epochs)
 
     def batches(self, first_step: int, make: Callable[[int, Batch], Made]) -> Iterator[Made]:
         """Yield what `make` returns for (step, batch) of `first_step`, `first_step + 1`, ...

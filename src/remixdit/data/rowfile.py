@@ -9,9 +9,10 @@ many rows a second as one after the other (docs/data.md).
 
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
+
+from remixdit.images.npy import npy_header
 
 __all__ = ["RowFile"]
 
@@ -23,20 +24,25 @@ class RowFile:
 
     Raises:
         ValueError: The file is missing, no .npy, or of another shape or dtype than expected.
+        OSError: The disk fails, now or when a row is read.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: str) -> None:
-        self.path = path
+        self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
         self._row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise ValueError("it is no regular file")
             self._file = path.open("rb", buffering=0)
-            found = _header(self._file)
+            found, is_fortran, found_dtype = npy_header(self._file)
             self._first_byte = self._file.tell()
             found_bytes = self._file.seek(0, os.SEEK_END) - self._first_byte
-        except (OSError, ValueError) as error:
+            if is_fortran:
+                raise ValueError("its rows lie in columns")
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"shard {path} cannot be read: {error}") from error
-        if found != (shape, np.dtype(dtype)):
-            raise ValueError(f"shard {path} must be {shape} {dtype}, got {found[0]} {found[1]}")
+        if (found, found_dtype) != (shape, np.dtype(dtype)):
+            raise ValueError(f"shard {path} must be {shape} {dtype}, got {found} {found_dtype}")
         if found_bytes != shape[0] * self._row_bytes:
             raise ValueError(f"shard {path} must hold {shape[0]} rows, got {found_bytes} bytes")
         self._advise(0, 0, "POSIX_FADV_RANDOM")  # no reading ahead: the next row is elsewhere
@@ -52,9 +58,17 @@ class RowFile:
         try:
             num_bytes = os.preadv(self._file.fileno(), [buffer], start)
         except OSError as error:
-            raise ValueError(f"shard {self.path} cannot be read: {error}") from error
-        if num_bytes != self._row_bytes:
-            raise ValueError(f"shard {self.path} ends in the middle of row {index}")
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if num_bytes != self._row_bytes:  # it was whole when it was opened
+            raise OSError(f"shard {self.path} ends in the middle of row {index}")
+
+    def rows(self) -> np.ndarray:
+        """Read all rows into memory."""
+        self._file.seek(self._first_byte)
+        values: np.ndarray = np.fromfile(self._file, self.dtype)
+        if values.nbytes != self.shape[0] * self._row_bytes:
+            raise OSError(f"shard {self.path} was cut short while it was read")
+        return values.reshape(self.shape)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -63,13 +77,3 @@ class RowFile:
     def _advise(self, start: int, num_bytes: int, advice: str) -> None:
         if CAN_ADVISE:
             os.posix_fadvise(self._file.fileno(), start, num_bytes, getattr(os, advice))
-
-
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Read the start of an .npy file; return shape and dtype."""
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it is no .npy file of version 1.0")
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if is_fortran:
-        raise ValueError("its rows lie in columns")
-    return shape, dtype

@@ -13,7 +13,6 @@ Shapes: B rows, C channels of a latent, H W its size.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +23,13 @@ import torch
 from torch import Tensor
 
 from remixdit.data.autoencoder import scale_and_shift
+from remixdit.data.index import INDEX_FILE, parse_index, read_index, shard_file
 from remixdit.data.rowfile import RowFile
 from remixdit.seeds import hashed
 
 __all__ = ["INDEX_FILE", "LABELS_FILE", "ShardDataset", "is_shard_dir", "shard_file"]
 
-INDEX_FILE = "index.json"
 LABELS_FILE = "class_labels.npy"
-FORMAT_VERSION = 1
 MIRROR_STREAM, NOISE_STREAM = 1, 2  # keep the draws of one image apart
 
 Place = tuple[RowFile, int]  # a shard and a row in it
@@ -42,9 +40,9 @@ class ShardDataset:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        content = _read_index(self.directory)
+        content = read_index(self.directory)
         self.digest = hashlib.sha256(content).hexdigest()
-        self.index: dict[str, Any] = _checked_index(self.directory, content)
+        self.index: dict[str, Any] = parse_index(self.directory, content)
         self.autoencoder: dict[str, Any] = self.index["autoencoder"]
         self.class_names: tuple[str, ...] = tuple(self.index["class_names"])
         self.shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
@@ -62,7 +60,13 @@ class ShardDataset:
     @cached_property
     def class_labels(self) -> np.ndarray:
         """(n,) int64 in [0, num_classes]; num_classes is the null label of unlabelled images."""
-        labels: np.ndarray = np.load(self.directory / LABELS_FILE, mmap_mode="r")
+        # In memory: a mapped file that is cut short under a run ends it without a word (SIGBUS).
+        labels = RowFile(self.directory / LABELS_FILE, (len(self),), "int64").rows()
+        for label in (labels.min(), labels.max()):
+            if not 0 <= label <= self.num_classes:
+                raise ValueError(
+                    f"labels of {self.directory} must lie in [0, {self.num_classes}], got {label}"
+                )
         return labels
 
     def read(
@@ -166,10 +170,11 @@ class ShardDataset:
                 )
 
     def check_files(self) -> None:
-        """Refuse shards that are missing, or of another size or kind than the index says."""
+        """Refuse shards or labels that are missing or of another size or kind than indexed."""
         for number in range(len(self.index["shards"])):
             for side in self._shards[: 1 + self.index["mirrored"]]:
                 side[number]  # opens it
+        self.class_labels  # noqa: B018 - reads it
 
     def check_mirror(self, mirror: bool) -> None:
         """Refuse to mirror latents whose mirrored copy was not encoded."""
@@ -198,31 +203,6 @@ class _Shards(dict[int, RowFile]):
         return self[number]
 
 
-def shard_file(number: int, *, mirrored: bool = False) -> str:
-    """Return the name of a shard's file."""
-    return f"{'mirrored' if mirrored else 'latents'}-{number:05d}.npy"
-
-
 def is_shard_dir(path: Path) -> bool:
     """Return whether a path is a finished directory of shards."""
     return (path / INDEX_FILE).is_file()
-
-
-def _read_index(directory: Path) -> bytes:
-    try:
-        return (directory / INDEX_FILE).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{directory} holds no {INDEX_FILE}: it is no finished encoding") from None
-    except OSError as error:
-        raise ValueError(f"{directory / INDEX_FILE}: {error.strerror}") from error
-
-
-def _checked_index(directory: Path, content: bytes) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = json.loads(content)
-        version = index["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / INDEX_FILE} is no index of shards: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"format_version of {directory} must be {FORMAT_VERSION}, got {version}")
-    return index

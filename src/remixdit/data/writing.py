@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from remixdit.data.shards import INDEX_FILE, LABELS_FILE, shard_file
+from remixdit.data.index import INDEX_FILE, shard_file
+from remixdit.data.shards import LABELS_FILE
 from remixdit.files import PARTIAL_SUFFIX, file_digest, partial_path, put_in_place, write_file
 from remixdit.images.squares import PictureBatch
 
@@ -42,8 +43,11 @@ class ShardRecord:
 class EncodedDir:
     """A directory of shards in the making."""
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, settings: Mapping[str, Any], earlier_fingerprint: str = ""
+    ) -> None:
         self.directory, self.settings = directory, settings
+        self.earlier_fingerprint = earlier_fingerprint
         self.parts = directory / PARTS_DIR
 
     def start(self) -> bool:
@@ -122,6 +126,9 @@ class EncodedDir:
         self.directory.rmdir()
 
     def _check_same(self, stated: Mapping[str, Any]) -> None:
+        earlier = {**self.settings["source"], "fingerprint": self.earlier_fingerprint}
+        if self.earlier_fingerprint and stated.get("source") == earlier:
+            stated = {**stated, "source": self.settings["source"]}
         for name, value in self.settings.items():
             if stated.get(name) != value:
                 raise ValueError(

@@ -72,6 +72,8 @@ class DiTConfig:
                 f"timestep_embedding must be one of {', '.join(TIMESTEP_EMBEDDINGS)}, "
                 f"got {self.timestep_embedding!r}"
             )
+        if not self.hidden_size * self.mlp_ratio >= 1:  # so that NaN fails too
+            raise ValueError(f"mlp_ratio must give a hidden layer, got {self.mlp_ratio}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
         if self.input_size % self.patch_size:

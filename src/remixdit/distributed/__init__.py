@@ -2,10 +2,10 @@
 
 from remixdit.distributed.ranks import (
     Ranks,
+    Wishes,
     agree,
     all_reduce,
     barrier,
-    lose_patience,
     num_ranks,
     pick_device,
     start,
@@ -14,10 +14,10 @@ from remixdit.distributed.ranks import (
 
 __all__ = [
     "Ranks",
+    "Wishes",
     "agree",
     "all_reduce",
     "barrier",
-    "lose_patience",
     "num_ranks",
     "pick_device",
     "start",

@@ -18,10 +18,10 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 __all__ = [
     "Ranks",
+    "Wishes",
     "agree",
     "all_reduce",
     "barrier",
-    "lose_patience",
     "num_ranks",
     "pick_device",
     "start",
@@ -119,13 +119,6 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def lose_patience() -> None:
-    """Wait only minutes for other processes from now on; one that hangs then ends all."""
-    if dist.is_initialized():
-        seconds = float(os.environ.get("REMIXDIT_STEP_SECONDS", STEP_SECONDS))
-        _set_pg_timeout(timedelta(seconds=seconds))
-
-
 def agree(facts: Mapping[str, object]) -> None:
     """Check that all processes are about to do the same.
 
@@ -149,6 +142,47 @@ def agree(facts: Mapping[str, object]) -> None:
                 f"{name} must be the same for all processes, got another on process {others[0]} "
                 "than on process 0: do all see the same files?"
             )
+
+
+class Wishes:
+    """What some process wishes, known to all of them one step later.
+
+    Every step begins a sum over all processes, on the CPU and in the background, and reads that of
+    the step before, which has arrived meanwhile: nothing waits for a GPU or for the network. So all
+    processes read the same after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.pending: tuple[Tensor, dist.Work] | None = None
+
+    def exchange(self, *own: bool) -> list[bool]:
+        """Tell the others, after a step, what this process wishes; return what any wished."""
+        if self.group is None:
+            return list(own)
+        before = self.read()
+        wishes = torch.tensor(own, dtype=torch.int32)
+        work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.pending = wishes, work
+        return before or [False for _ in own]
+
+    def read(self) -> list[bool]:
+        """Return what was wished in the step before; all processes call this when they end."""
+        if self.pending is None:
+            return []
+        (wishes, work), self.pending = self.pending, None
+        work.wait()
+        return wishes.bool().tolist()
+
+    def lose_patience(self) -> None:
+        """Wait only minutes for other processes from now on; one that hangs then ends all."""
+        for group in [None, self.group] if self.group else []:
+            _set_pg_timeout(step_timeout(), group)
+
+
+def step_timeout() -> timedelta:
+    """Return how long a process waits in a step for another."""
+    return timedelta(seconds=float(os.environ.get("REMIXDIT_STEP_SECONDS", STEP_SECONDS)))
 
 
 def barrier() -> None:

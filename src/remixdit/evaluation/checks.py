@@ -6,7 +6,6 @@ is.
 Shapes: n images under test, R real ones, F features.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from remixdit.evaluation.metrics import (
     memorisation,
     nearest_neighbours,
 )
+from remixdit.model.match import are_numbers
 from remixdit.seeds import generator_for
 
-__all__ = ["are_numbers", "conditional_accuracy", "copies", "matched_labels"]
+__all__ = ["conditional_accuracy", "copies", "matched_labels"]
 
 MAX_PROBE_IMAGES = 10_000  # more add little, and L-BFGS looks at all of them in every step
 TEST_SHARE = 4  # one in four labelled real images tests the probe
@@ -58,11 +58,6 @@ def matched_labels(fake: ImageSet, real: ImageSet) -> np.ndarray:
         raise LeftOut(f"the reference has no class {missing[0]!r}")
     numbers = np.array([*map(index_in(real.class_names), fake.class_names), -1])
     return numbers[fake.class_labels]
-
-
-def are_numbers(class_names: Sequence[str]) -> bool:
-    """Whether classes are only numbered."""
-    return all(name == str(number) for number, name in enumerate(class_names))
 
 
 def index_in(class_names: tuple[str, ...]) -> Any:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from remixdit import distributed
-from remixdit.diffusion.dit import DiTConfig
 from remixdit.diffusion.intervals import Intervals
 from remixdit.distributed.ranks import Ranks
 from remixdit.evaluation.bits import bound_strata, prior_bits, require_bound, stratum_bits
@@ -26,6 +25,7 @@ from remixdit.evaluation.left_out import LeftOut, measured
 from remixdit.evaluation.losses import losses_on
 from remixdit.evaluation.metrics import Estimate
 from remixdit.machine import machine
+from remixdit.model.match import match, side_of
 from remixdit.model.model import RemixDiT
 from remixdit.progress import Progress
 from remixdit.training.run import stated_settings
@@ -89,10 +89,11 @@ def evaluate_intervals(
         The result as JSON values, the same on all processes.
     """
     ranks = ranks or Ranks()
+    sets = {"ours": held}
     if rival is not None:
-        check_rival(model, rival)
+        sets["against"] = rival_labels(model, rival, held)
     intervals = chosen_intervals(model, rival, strata, config.num_intervals)
-    plan = planned(model, held, config, rival, intervals)
+    plan = planned(model, sets, config, rival, intervals)
     tables = plan.empty_tables()
     mine = list(plan.places())[ranks.rank :: ranks.num_ranks]
     for number, (table, place) in enumerate(mine):
@@ -106,22 +107,19 @@ def evaluate_intervals(
     return summary(plan, {name: table.cpu().numpy() for name, table in whole.items()})
 
 
-def check_rival(model: RemixDiT, rival: Rival) -> None:
-    """Refuse models whose losses mean different things."""
-    ours, theirs = model.config, rival.model.config
-    for name, mine, other in (
-        ("prediction_type", ours.prediction_type, theirs.prediction_type),
-        ("num_train_timesteps", ours.num_train_timesteps, theirs.num_train_timesteps),
-        ("latents", latent_shape(ours.network), latent_shape(theirs.network)),
-        ("num_classes", ours.network.num_classes, theirs.network.num_classes),
-    ):
-        if mine != other:
-            raise ValueError(f"against must have the {name} {mine}, got {other} in {rival.name}")
+def rival_labels(model: RemixDiT, rival: Rival, held: HeldOut) -> HeldOut:
+    """Return held-out images with labels as the rival numbers them.
 
-
-def latent_shape(network: DiTConfig) -> str:
-    """Return the shape of a network's latents, in words."""
-    return f"{network.in_channels} x {network.input_size} x {network.input_size}"
+    Raises:
+        ValueError: The losses of the two models mean different things.
+    """
+    ours = side_of("the model", model.config)
+    theirs = side_of(f"--against {rival.name}", rival.model.config)
+    numbers = torch.tensor(match(ours, theirs), dtype=torch.int64)  # ours, of each of the rival's
+    if not len(numbers):
+        return held
+    labels = torch.cat([numbers.argsort(), torch.tensor([ours.num_classes])])  # and null
+    return HeldOut(held.latents, labels[held.class_labels])
 
 
 def stated_strata(run_dir: Path) -> Intervals | None:
@@ -156,7 +154,8 @@ class Plan:
 
     models: dict[str, RemixDiT]
     """The model under test as "ours", and the other one as "against"."""
-    held: HeldOut
+    held: dict[str, HeldOut]
+    """The same images for each model, with labels as it numbers them."""
     intervals: Intervals
     strata: Intervals | None
     """Strata of the bound, if the model has one."""
@@ -166,7 +165,7 @@ class Plan:
 
     def empty_tables(self) -> dict[str, np.ndarray]:
         """Return the tables, all zero: (I, n), (S, n) of the bound, (I, N) of the matrix."""
-        count, num_images = self.intervals.num_experts, len(self.held.latents)
+        count, num_images = self.intervals.num_experts, len(self.held["ours"].latents)
         tables = {f"losses {name}": np.zeros((count, num_images)) for name in self.models}
         if self.strata is not None:
             rows = self.strata.num_experts
@@ -184,12 +183,13 @@ class Plan:
     def row(self, table: str, place: int) -> np.ndarray:
         """Measure one row."""
         what, name = table.split(" ")
-        model, seed, batch_size = self.models[name], self.config.seed, self.config.batch_size
+        model, held = self.models[name], self.held[name]
+        seed, batch_size = self.config.seed, self.config.batch_size
         if what == "bits":
             assert self.strata is not None
-            return stratum_bits(model, self.held, self.strata, place, seed, batch_size)
+            return stratum_bits(model, held, self.strata, place, seed, batch_size)
         if what == "losses":
-            return losses_on(model, self.held, self.intervals, place, None, seed, batch_size)[0]
+            return losses_on(model, held, self.intervals, place, None, seed, batch_size)[0]
         assert self.matrix is not None
         experts = range(model.num_experts)
         measured = losses_on(model, self.matrix, self.intervals, place, experts, seed, batch_size)
@@ -198,7 +198,7 @@ class Plan:
 
 def planned(
     model: RemixDiT,
-    held: HeldOut,
+    sets: dict[str, HeldOut],
     config: LossesConfig,
     rival: Rival | None,
     intervals: Intervals,
@@ -212,12 +212,12 @@ def planned(
     count = config.matrix_images
     if count is None:
         count = MATRIX_IMAGES if model.num_experts <= MATRIX_EXPERTS else 0
-    matrix = None
+    matrix, held = None, sets["ours"]
     if count and model.num_experts > 1:
         # Spread over all, which may come sorted by class.
         rows = np.unique(np.linspace(0, len(held.latents) - 1, count).round().astype(int))
         matrix = HeldOut(held.latents[rows], held.class_labels[rows])
-    return Plan(models, held, intervals, strata, matrix, config)
+    return Plan(models, sets, intervals, strata, matrix, config)
 
 
 def summary(plan: Plan, tables: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def bits(plan: Plan, tables: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return the variational bound in bits a dimension."""
     model = plan.models["ours"]
     require_bound(model)
-    prior = prior_bits(model, plan.held)
+    prior = prior_bits(model, plan.held["ours"])
     totals = {name: tables[f"bits {name}"].sum(0) + prior for name in plan.models}  # (n,) each
     return {
         **compared(totals["ours"], totals.get("against")),

@@ -3,7 +3,6 @@
 Shapes: n images, C H W latents.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 
 from remixdit.data import ShardDataset, is_shard_dir
-from remixdit.evaluation.checks import are_numbers
+from remixdit.data.autoencoder import Pixels
 from remixdit.evaluation.image_sets import open_images
 from remixdit.images.source import UNLABELLED
 from remixdit.model.config import RemixConfig
+from remixdit.model.match import Side, match, side_of
 from remixdit.seeds import generator_for
 
-__all__ = ["HeldOut", "held_out", "model_labels", "open_held_out"]
+__all__ = ["HeldOut", "held_out", "model_labels", "open_held_out", "side_of_shards"]
 
 NUM_IMAGES = 1000
 
@@ -32,16 +32,36 @@ class HeldOut(NamedTuple):
     """Labels as the model numbers them, (n,) int64."""
 
 
-def held_out(dataset: ShardDataset, num_images: int, seed: int = 0) -> HeldOut:
-    """Return the first images of a data set, each posterior drawn once from (seed, image)."""
+def held_out(dataset: ShardDataset, num_images: int, config: RemixConfig, seed: int = 0) -> HeldOut:
+    """Return the first images of a data set as a model sees them.
+
+    Args:
+        dataset: Shards that fit the model.
+        num_images: Number of images.
+        config: Configuration of the model.
+        seed: Seed for the posteriors, each of which is drawn once from (seed, image).
+    """
     if not 1 <= num_images <= len(dataset):
         raise ValueError(f"num_images must be in 1..{len(dataset)}, got {num_images}")
-    return read_rows(dataset, np.arange(num_images), seed)
+    found = read_rows(dataset, np.arange(num_images), seed)
+    return HeldOut(found.latents, model_labels(found.class_labels, side_of_shards(dataset), config))
+
+
+def side_of_shards(dataset: ShardDataset) -> Side:
+    """Return what shards state."""
+    return Side(
+        name=str(dataset.directory),
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+        autoencoder=dataset.autoencoder,
+        latent_shape=dataset.shape,
+    )
 
 
 def read_rows(dataset: ShardDataset, rows: np.ndarray, seed: int) -> HeldOut:
-    """Read rows (n,) of shards."""
-    return HeldOut(*dataset.read(rows, np.zeros_like(rows), seed))
+    """Read rows (n,) of shards, with labels of the data, -1 for none."""
+    latents, labels = dataset.read(rows, np.zeros_like(rows), seed)
+    return HeldOut(latents, torch.where(labels == dataset.num_classes, UNLABELLED, labels))
 
 
 def open_held_out(
@@ -60,22 +80,22 @@ def open_held_out(
         ValueError: The images are of other latents or classes than the model's, or too few.
     """
     if is_shard_dir(Path(path)):
-        images, names, fingerprint = drawn_rows(path, config, num_images, split, seed)
+        images, side, fingerprint = drawn_rows(path, config, num_images, split, seed)
     else:
-        images, names, fingerprint = drawn_pixels(path, config, num_images, split, seed)
+        images, side, fingerprint = drawn_pixels(path, config, num_images, split, seed)
     facts = {
         "path": path,
         "split": split,
         "num_images": len(images.latents),
         "fingerprint": fingerprint,
-        "labelled": bool(names) and bool(config.network.num_classes),
+        "labelled": bool(side.num_classes) and bool(config.network.num_classes),
     }
-    labels = model_labels(images.class_labels, names, config, path)
+    labels = model_labels(images.class_labels, side, config)
     return HeldOut(images.latents, labels), facts
 
 
-# images with labels of the data, -1 for none; the names of its classes; a fingerprint
-Drawn = tuple[HeldOut, tuple[str, ...], str]
+# images with labels of the data, -1 for none; what the data state; a fingerprint
+Drawn = tuple[HeldOut, Side, str]
 
 
 def drawn_rows(
@@ -84,15 +104,13 @@ def drawn_rows(
     """Draw images of shards."""
     if split is not None:
         raise ValueError(f"split must be left out for shards, got {split!r} for {path}")
-    dataset, network = ShardDataset(path), config.network
-    shape = (network.in_channels, network.input_size, network.input_size)
-    dataset.require(config.autoencoder, shape)
+    dataset = ShardDataset(path)
+    side = side_of_shards(dataset)
+    match(side_of("the model", config), side, subset=True)  # before anything is read
     count = checked_count(num_images, len(dataset), path)
     order = torch.randperm(len(dataset), generator=generator_for(seed, "drawn images"))
-    latents, labels = read_rows(dataset, np.sort(order[:count].numpy()), seed)
-    labels = torch.where(labels == dataset.num_classes, UNLABELLED, labels)
-    fingerprint = str(dataset.index["source"]["fingerprint"])
-    return HeldOut(latents, labels), dataset.class_names, fingerprint
+    drawn = read_rows(dataset, np.sort(order[:count].numpy()), seed)
+    return drawn, side, str(dataset.index["source"]["fingerprint"])
 
 
 def drawn_pixels(
@@ -111,7 +129,13 @@ def drawn_pixels(
     pixels = torch.from_numpy(np.concatenate([part.images for part in parts]))
     latents = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     labels = torch.from_numpy(drawn.class_labels[rows])
-    return HeldOut(latents.contiguous(), labels), images.class_names, images.fingerprint
+    side = Side(
+        name=path,
+        num_classes=len(images.class_names),
+        class_names=images.class_names,
+        autoencoder=Pixels.spec,
+    )
+    return HeldOut(latents.contiguous(), labels), side, images.fingerprint
 
 
 def checked_count(num_images: int, available: int, path: str) -> int:
@@ -124,32 +148,21 @@ def checked_count(num_images: int, available: int, path: str) -> int:
     return count
 
 
-def model_labels(
-    class_labels: Tensor, names: Sequence[str], config: RemixConfig, path: str
-) -> Tensor:
+def model_labels(class_labels: Tensor, side: Side, config: RemixConfig) -> Tensor:
     """Return labels as a model numbers them; an image without one gets the null label.
 
     Classes are matched by name, and the data may hold some of the model's only. Where one of the
     two has no names for its classes, they are matched by number.
 
     Args:
-        class_labels: (n,) int64 in [-1, len(names)), -1 for none.
-        names: One for each class of the data.
+        class_labels: (n,) int64 in [-1, num_classes) of the data, -1 for none.
+        side: What the data state.
         config: Configuration of the model.
-        path: Path of the data, for the error.
     """
-    null, ours = config.network.num_classes, config.class_names
+    numbers, null = (
+        match(side_of("the model", config), side, subset=True),
+        config.network.num_classes,
+    )
     if not null:
         return torch.zeros_like(class_labels)
-    unknown = sorted(set(names).difference(ours))
-    if not unknown:
-        numbers = [ours.index(name) for name in names]
-    elif not ours or are_numbers(ours) or are_numbers(names):
-        if len(names) != null:
-            raise ValueError(
-                f"data must be of the model's {null} classes, got {len(names)} in {path}"
-            )
-        numbers = list(range(null))
-    else:
-        raise ValueError(f"data must hold classes of the model, got {unknown[0]!r} in {path}")
     return torch.tensor([*numbers, null])[class_labels]  # -1 is the last, the null label

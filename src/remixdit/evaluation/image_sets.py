@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from remixdit.data import ShardDataset, Source, is_shard_dir, open_source
-from remixdit.data.autoencoder import LatentAutoencoder, Pixels, load_autoencoder
+from remixdit.data.autoencoder import Pixels, load_autoencoder
 from remixdit.evaluation.features import Reference, read_reference
 from remixdit.images.decoding import center_crop, square_pixels
 from remixdit.images.source import (
@@ -287,9 +287,7 @@ def shard_images(
                 f"{name} of {dataset.directory} must be {wanted}, that of the images under test, "
                 f"got {dataset.index[name]}"
             )
-    autoencoder = load_autoencoder(dataset.autoencoder)
-    if isinstance(autoencoder, LatentAutoencoder):
-        autoencoder.to(device)
+    autoencoder = load_autoencoder(dataset.autoencoder, device)
 
     def read(parts: Sequence[np.ndarray]) -> Iterator[ImageBatch]:
         for rows in parts:

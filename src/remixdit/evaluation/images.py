@@ -92,7 +92,7 @@ def evaluate_images(
     ranks = ranks or Ranks()
     extractor = open_extractor(config, device)
     real = open_real(config, subject.images, extractor, seed)
-    train = open_train(config, subject.images, real, seed)
+    train = open_train(config, subject.images, real, seed, device)
     if len(subject.images) < 2:
         raise ValueError(f"num_images must be at least 2, got {len(subject.images)}")
     sets = {"reference": real.images, "train": train, "samples": subject.images}
@@ -223,13 +223,15 @@ def statistics_in(path: Path) -> Reference | None:
     return read_reference(path) if "mu" in names else None
 
 
-def open_train(config: ImageConfig, fake: ImageSet, real: Real, seed: int) -> ImageSet | None:
+def open_train(
+    config: ImageConfig, fake: ImageSet, real: Real, seed: int, device: torch.device
+) -> ImageSet | None:
     """Open the training images, if they are named."""
     if config.train is None:
         return None
     if real.images is None:
         raise ValueError("train needs a reference of images: the held-out ones, got statistics")
-    train = open_images(config.train, config.train_split, fake.image_size, fake.channels)
+    train = open_images(config.train, config.train_split, fake.image_size, fake.channels, device)
     if train.fingerprint == real.images.fingerprint:
         raise ValueError(f"train must be other images than the reference, got {config.train}")
     return train.drawn(config.reference_images, seed)

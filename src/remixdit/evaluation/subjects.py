@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, Pixels, load_autoencoder
 from remixdit.evaluation.image_sets import ImageBatch, ImageSet, open_images
@@ -39,10 +40,8 @@ def model_subject(
     """
     scheduler = sampling.resolved_scheduler(model)
     labels = labels_of(model, sampling).numpy()
-    autoencoder = load_autoencoder(model.config.autoencoder)
+    autoencoder = load_autoencoder(model.config.autoencoder, model.device)
     size, channels = image_shape(model, autoencoder)
-    if isinstance(autoencoder, LatentAutoencoder):
-        autoencoder.to(model.device)
     network = model.config.network
 
     def read(parts: Sequence[np.ndarray]) -> Iterator[ImageBatch]:
@@ -99,7 +98,11 @@ def label_scheme(model: RemixDiT, sampling: SamplingConfig) -> str:
 
 
 def files_subject(
-    path: str, num_images: int = 0, image_size: int | None = None, seed: int = 0
+    path: str,
+    num_images: int = 0,
+    image_size: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Subject:
     """Return images on disk: an .npz, a folder, shards or a collection.
 
@@ -108,8 +111,9 @@ def files_subject(
         num_images: Number of images, chosen by `seed`; 0 for all.
         image_size: Size after scaling and cropping; by default they must be of one size.
         seed: Seed for the choice of images.
+        device: Device on which the autoencoder decodes latents.
     """
-    images = open_images(path, image_size=image_size)
+    images = open_images(path, image_size=image_size, device=device)
     facts: dict[str, Any] = {"path": str(path), "sampling": None}
     about_file = Path(path) / ABOUT_FILE
     if about_file.is_file():
@@ -120,7 +124,7 @@ def files_subject(
             raise ValueError(
                 f"{about_file} must tell of the {len(images)} images beside it, got {len(labels)}"
             )
-        names = numbered_class_names(labels)
+        names = tuple(about.get("class_names") or numbered_class_names(labels))
         images = replace(images, class_labels=labels, class_names=names)
     if num_images > len(images):
         raise ValueError(f"num_images must be at most {len(images)} for {path}, got {num_images}")

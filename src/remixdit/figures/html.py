@@ -16,6 +16,7 @@ from typing import Literal
 from matplotlib.figure import Figure
 from PIL import Image
 
+from remixdit.figures.text import printable
 from remixdit.files import write_file
 
 __all__ = ["Block", "Commands", "Heading", "Picture", "Table", "Text", "write_report"]
@@ -119,8 +120,7 @@ def write_report(path: str | os.PathLike[str], title: str, blocks: Sequence[Bloc
 </body>
 </html>
 """
-    # A file name that is no valid unicode shows as escapes instead of failing the report.
-    content = page.encode("utf-8", errors="backslashreplace")
+    content = page.encode()
     write_file(Path(path), lambda beside: beside.write_bytes(content), shared=True)
 
 
@@ -152,9 +152,7 @@ def _table(table: Table) -> str:
 
 def _row(tag: str, cells: Sequence[str | int | float], kinds: Sequence[str]) -> str:
     texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-    shown = (
-        f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(texts, kinds, strict=True)
-    )
+    shown = (f"<{tag}{kind}>{_text(text)}</{tag}>" for text, kind in zip(texts, kinds, strict=True))
     return f"<tr>{''.join(shown)}</tr>"
 
 
@@ -174,9 +172,14 @@ def _picture(block: Picture) -> str:
         block.picture.save(buffer, format="png", optimize=True)
         width = block.picture.width
     source = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
-    image = f'<img src="{source}" width="{width:.0f}" alt="{escape(block.alt)}"/>'
+    image = f'<img src="{source}" width="{width:.0f}" alt="{_text(block.alt)}"/>'
     return f"<figure>{image}{_element('figcaption', block.caption)}</figure>"
 
 
 def _element(tag: str, text: str) -> str:
-    return f"<{tag}>{escape(text)}</{tag}>"
+    return f"<{tag}>{_text(text)}</{tag}>"
+
+
+def _text(text: str) -> str:
+    """Return any text as HTML that shows it: no mark-up, no character that XML does not allow."""
+    return escape(printable(text))

@@ -90,6 +90,7 @@ def loss_by_interval(
     series: Mapping[str, ArrayLike],
     boundaries: ArrayLike,
     errors: Mapping[str, ArrayLike] | None = None,
+    paired: Mapping[str, ArrayLike] | None = None,
 ) -> Figure:
     """Compare losses interval by interval, on a log axis and against the first series in per cent.
 
@@ -99,8 +100,9 @@ def loss_by_interval(
     Args:
         series: Name -> (I,) mean losses; NaN leaves a gap.
         boundaries: (I + 1,) ends of the intervals.
-        errors: Name -> (I,) standard errors of those means, drawn as bars. The second panel has
-            each series' own, in per cent of the first series, not those of a paired difference.
+        errors: Name -> (I,) standard errors of those means, drawn as bars.
+        paired: Name -> (I,) standard errors of the paired differences from the first series, the
+            bars of the second panel; by default it has each series' own.
     """
     losses = {name: np.asarray(values, dtype=float) for name, values in series.items()}
     bars = {name: np.asarray(values, dtype=float) for name, values in (errors or {}).items()}
@@ -115,7 +117,8 @@ def loss_by_interval(
     _log_axis(panels[0], np.concatenate(list(losses.values())))
     if rows == 2:
         changes = {name: 100 * (values / baseline - 1) for name, values in losses.items()}
-        relative = {name: 100 * bar / abs(baseline) for name, bar in bars.items()}
+        found = bars if paired is None else {n: np.asarray(bar) for n, bar in paired.items()}
+        relative = {name: 100 * bar / abs(baseline) for name, bar in found.items()}
         _draw_series(panels[1], changes, relative)
         panels[1].set_ylabel(f"% above or below\n{_plain(first, 30)}")
     _interval_ticks(panels[-1], boundaries)

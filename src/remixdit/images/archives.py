@@ -3,14 +3,19 @@
 import gzip
 import importlib.util
 import json
+import lzma
+import math
 import tarfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from remixdit.images.npy import npy_header
 from remixdit.images.source import (
+    MAX_FILE_BYTES,
     UNLABELLED,
     Source,
     collection_name,
@@ -20,6 +25,19 @@ from remixdit.images.source import (
 
 __all__ = ["mnist5k_source", "npz_source", "tar_source"]
 
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    EOFError,
+    NotImplementedError,  # a compression that is unknown
+    RuntimeError,  # a password, or JSON of a hundred thousand brackets
+    MemoryError,
+    OverflowError,
+)
+MAX_LABEL = 2**31 - 1
+MAX_LABEL_BYTES = 2**20  # of a .cls or .json beside an image
 TAR_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -37,14 +55,29 @@ class ArrayReader:
 def npz_source(path: Path) -> Source:
     """Open ADM's layout: `arr_0` (n, H, W, 1 or 3) uint8, and labels in `arr_1`, if any."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if "arr_0" not in arrays:
-                raise ValueError(f"{path} must hold images in arr_0, got {', '.join(arrays)}")
-            pixels = arrays["arr_0"]
-            labels = arrays["arr_1"].astype(np.int64) if "arr_1" in arrays else None
-    except (zipfile.BadZipFile, EOFError) as error:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "arr_0.npy" not in names:
+                held = ", ".join(name.removesuffix(".npy") for name in names)
+                raise ValueError(f"it must hold images in arr_0, got {held}")
+            pixels = _npy_member(archive, "arr_0.npy")
+            labels = _npy_member(archive, "arr_1.npy") if "arr_1.npy" in names else None
+    except (ValueError, *ARCHIVE_ERRORS) as error:
         raise ValueError(f"{path} cannot be read as npz: {error}") from error
     return _array_source(path.name, pixels, labels)
+
+
+def _npy_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Read an array whose header and size agree: what a lying header asks for is not allocated."""
+    with archive.open(name) as file:
+        shape, _, dtype = npy_header(file)
+        num_bytes = file.tell() + math.prod(shape) * dtype.itemsize
+    stored = archive.getinfo(name).file_size
+    if num_bytes != stored:
+        raise ValueError(f"{name} must hold {num_bytes} bytes for {shape} {dtype}, got {stored}")
+    with archive.open(name) as file:
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return array
 
 
 def mnist5k_source() -> Source:
@@ -105,6 +138,10 @@ class TarReader:
 
     def __call__(self, index: int) -> bytes:
         member = self.members[index]
+        if member.num_bytes > MAX_FILE_BYTES:
+            raise ValueError(
+                f"a file must hold at most {MAX_FILE_BYTES} bytes, got {member.num_bytes}"
+            )
         with self.paths[member.file].open("rb") as file:
             file.seek(member.offset)
             return file.read(member.num_bytes)
@@ -117,16 +154,18 @@ def _index_tar(path: Path, number: int, members: list[TarMember], labels: list[i
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
+                if info.size < 0:  # tarfile would go back and read it for ever
+                    raise tarfile.ReadError(f"{info.name} has a negative size")
                 if not info.isfile():
                     continue
                 key, suffix = _sample_key(info.name)
                 if suffix in TAR_IMAGE_SUFFIXES:
                     found[key] = TarMember(number, info.name, info.offset_data, info.size)
                 elif suffix in (".cls", ".json") and (file := tar.extractfile(info)) is not None:
-                    label = _tar_label(path, info.name, file.read())
+                    label = _tar_label(path, info.name, file.read(MAX_LABEL_BYTES))
                     if label is not None:
                         label_of[key] = label
-    except tarfile.TarError as error:
+    except ARCHIVE_ERRORS as error:
         raise ValueError(f"{path} cannot be read as tar: {error}") from error
     members += found.values()
     labels += (label_of.get(key, UNLABELLED) for key in found)
@@ -141,12 +180,14 @@ def _sample_key(name: str) -> tuple[str, str]:
 
 def _tar_label(path: Path, name: str, content: bytes) -> int | None:
     try:
-        if name.endswith(".cls"):
-            return int(content)
-        label = json.loads(content).get("label")
-    except (ValueError, AttributeError) as error:
+        label = int(content) if name.endswith(".cls") else json.loads(content).get("label")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}:{name} must hold a label as an integer") from error
-    return label if isinstance(label, int) else None
+    if not isinstance(label, int) or isinstance(label, bool):
+        return None
+    if not UNLABELLED <= label <= MAX_LABEL:
+        raise ValueError(f"{path}:{name} must hold a label in [0, {MAX_LABEL}], got {label}")
+    return label
 
 
 def _array_source(name: str, pixels: np.ndarray, labels: np.ndarray | None) -> Source:
@@ -154,14 +195,19 @@ def _array_source(name: str, pixels: np.ndarray, labels: np.ndarray | None) -> S
         pixels.dtype != np.uint8
         or pixels.ndim not in (3, 4)
         or pixels.shape[3:] not in ((), (1,), (3,))
+        or 0 in pixels.shape[1:]
     ):
         raise ValueError(
             f"images of {name} must be (n, H, W, 3) uint8, got {pixels.shape} {pixels.dtype}"
         )
-    if labels is not None and labels.shape != pixels.shape[:1]:
-        raise ValueError(f"labels of {name} must be ({len(pixels)},), got {labels.shape}")
+    if labels is not None and (labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu"):
+        raise ValueError(
+            f"labels of {name} must be ({len(pixels)},) integers, got {labels.shape} {labels.dtype}"
+        )
     pixels = pixels[..., 0] if pixels.shape[3:] == (1,) else pixels
-    class_labels = np.full(len(pixels), UNLABELLED, np.int64) if labels is None else labels
+    class_labels = (
+        np.full(len(pixels), UNLABELLED, np.int64) if labels is None else labels.astype(np.int64)
+    )
     return Source(
         name=name,
         image_names=[f"{name}:{row}" for row in range(len(pixels))],

@@ -9,29 +9,28 @@ Shapes: C = 1 (grey) or 3 (red, green, blue), S = image_size.
 """
 
 import io
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from remixdit.images.profiles import in_srgb
+from remixdit.images.room import MAX_PIXELS, room
 
 __all__ = ["MIN_SIDE", "center_crop", "decode", "is_grey", "random_crop", "square_pixels"]
 
 MIN_SIDE = 8  # pixels: anything smaller is a tracking dot or an icon, not a picture
-MAX_PIXELS = 178_956_970  # Pillow's own bound, past which a file counts as a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,  # what Pillow raises for a broken PNG
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+ROTATIONS = {  # what a camera's orientation asks for
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -47,27 +46,61 @@ def decode(encoded: bytes) -> Image.Image:
     if not encoded:
         raise ValueError("the file is empty")
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with _opened(encoded) as image:
             _check_size(image)
-            image.load()
-            profile = image.info.get("icc_profile")
-            return _in_plain_colours(ImageOps.exif_transpose(image), profile)
+            with room.of(image.width * image.height):
+                image.load()
+                profile = image.info.get("icc_profile")
+                return _in_plain_colours(_upright(image), profile)
     except UnidentifiedImageError:
         # Pillow's own message holds a memory address, and would differ from run to run.
-        raise ValueError("the file is of no known image format") from None
-    except DECODING_ERRORS as error:
-        raise ValueError(f"the image cannot be decoded: {error}") from error
+        known = ", ".join(FORMATS)
+        raise ValueError(f"the file is of no known image format ({known})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"an image must hold at most {MAX_PIXELS} pixels") from None
+    except _RefusedError:
+        raise
+    # Decoders raise whatever they meet in a damaged file: struct.error, RuntimeError, KeyError, ...
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the image cannot be decoded: {reason}") from error
 
 
 def is_grey(encoded: bytes) -> bool:
     """Return whether the file is an image without colour, from its header alone."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with _opened(encoded) as image:
             if image.mode in ("P", "PA"):
                 return False
             return image.mode in GREY_MODES
-    except DECODING_ERRORS:
+    except Exception:
         return True  # not the place to complain: decode() does
+
+
+class _RefusedError(ValueError):
+    """A picture that is whole, but not one to learn from."""
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(encoded), formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return which of the formats this Pillow knows: AVIF is of version 11.3.
+
+    All others stay closed, as they are where the holes are; EPS would even be run by Ghostscript.
+    """
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        rotation = ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF: the picture is there, only its rotation is not known
+        rotation = None
+    return image if rotation is None else image.transpose(rotation)
 
 
 def square_pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -105,11 +138,11 @@ def _shorter_side_to(image: Image.Image, size: int) -> Image.Image:
 
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
+        raise _RefusedError(
             f"an image must hold at most {MAX_PIXELS} pixels, got {image.width}x{image.height}"
         )
     if min(image.size) < MIN_SIDE:
-        raise ValueError(
+        raise _RefusedError(
             f"an image must be at least {MIN_SIDE} pixels wide and high, "
             f"got {image.width}x{image.height}"
         )
@@ -117,7 +150,7 @@ def _check_size(image: Image.Image) -> None:
 
 def _in_plain_colours(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("an image of floating-point values has no stated white")
+        raise _RefusedError("an image of floating-point values has no stated white")
     if image.mode.startswith("I"):
         image = _from_16_bit(image)
     image = in_srgb(image, profile)
@@ -131,5 +164,5 @@ def _in_plain_colours(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _from_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)  # (H, W)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"16-bit values must lie in [0, 65535], got {values.max()}")
+        raise _RefusedError(f"16-bit values must lie in [0, 65535], got {values.max()}")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257

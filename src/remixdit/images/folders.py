@@ -15,7 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from remixdit.images.source import UNLABELLED, Source, collection_name, fingerprint
+from remixdit.images.source import (
+    UNLABELLED,
+    Source,
+    collection_name,
+    fingerprint,
+    regular_file_bytes,
+)
 
 __all__ = ["FileReader", "folder_source"]
 
@@ -31,7 +37,7 @@ class FileReader:
 
     def __call__(self, index: int) -> bytes:
         """Return the content of a file."""
-        return (self.root / self.relative_paths[index]).read_bytes()
+        return regular_file_bytes(self.root / self.relative_paths[index])
 
 
 def folder_source(root: Path, split: str | None) -> Source:

@@ -5,6 +5,7 @@ A `Source` knows names and labels of all its images and reads one at a time. The
 """
 
 import hashlib
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,16 +17,20 @@ from PIL import Image
 from remixdit.images import decoding
 
 __all__ = [
+    "MAX_FILE_BYTES",
     "UNLABELLED",
     "Source",
     "UnreadableImageError",
     "collection_name",
     "fingerprint",
     "numbered_class_names",
+    "regular_file_bytes",
 ]
 
 UNLABELLED = -1
 NUM_SAMPLED_FOR_COLOUR = 64
+MAX_FILE_BYTES = 2**29  # of one image: more than the largest picture takes uncompressed
+MIN_CLASS_LIMIT, CLASSES_PER_IMAGE = 1000, 10  # past both, numbers are no labels but codes
 
 
 class UnreadableImageError(ValueError):
@@ -50,6 +55,8 @@ class Source:
     """Names of the classes; empty if no image has a label."""
     fingerprint: str
     """A digest that changes if images are added, removed, renamed, relabelled or resized."""
+    earlier_fingerprint: str = ""
+    """The one of encodings in which labels of Parquet did not count yet."""
     read: Callable[[int], bytes | np.ndarray] = field(repr=False)
     """Image i as the bytes of its file, or as (H, W) or (H, W, 3) uint8.."""
 
@@ -91,8 +98,9 @@ class Source:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UnreadableImageError(self.image_names[index], reason) from error
-        except ValueError as error:
-            raise UnreadableImageError(self.image_names[index], str(error)) from error
+        except Exception as error:  # of any reader: pyarrow's, those of `datasets`, ...
+            reason = str(error) or type(error).__name__
+            raise UnreadableImageError(self.image_names[index], reason) from error
         return image, int(self.class_labels[index])
 
     def subset(self, indices: np.ndarray, name: str) -> "Source":
@@ -110,7 +118,7 @@ class Source:
     def _is_grey(self, index: int) -> bool:
         try:
             stored = self.read(index)
-        except (OSError, ValueError):
+        except Exception:
             return True  # unreadable: load() says so, this only asks for a colour
         return decoding.is_grey(stored) if isinstance(stored, bytes) else stored.ndim == 2
 
@@ -128,6 +136,27 @@ def collection_name(path: Path) -> str:
     return path.resolve().name if path.is_dir() else path.name
 
 
+def regular_file_bytes(path: Path) -> bytes:
+    """Return the content of a file that is one: a pipe or a device would never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"a file must hold at most {MAX_FILE_BYTES} bytes, got {status.st_size}")
+    return path.read_bytes()
+
+
 def numbered_class_names(class_labels: np.ndarray) -> tuple[str, ...]:
-    """Return "0", "1", ... for labels that come without names."""
-    return tuple(str(label) for label in range(int(class_labels.max(initial=-1)) + 1))
+    """Return "0", "1", ... for labels that come without names.
+
+    Raises:
+        ValueError: They are far beyond the number of images: hashes, file numbers, or a mistake.
+    """
+    largest = int(class_labels.max(initial=-1))
+    limit = max(MIN_CLASS_LIMIT, CLASSES_PER_IMAGE * len(class_labels))
+    if largest >= limit:
+        raise ValueError(
+            f"labels without class names must be below {limit} for {len(class_labels)} images, "
+            f"got {largest}: number the classes 0, 1, 2, ..."
+        )
+    return tuple(str(label) for label in range(largest + 1))

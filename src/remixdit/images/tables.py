@@ -18,6 +18,7 @@ from remixdit.images.source import (
     collection_name,
     fingerprint,
     numbered_class_names,
+    regular_file_bytes,
 )
 
 __all__ = ["hub_source", "parquet_source"]
@@ -72,20 +73,27 @@ def parquet_source(path: Path, split: str | None) -> Source:
         schemas = [pq.read_schema(file) for file in paths]
         metadata = [pq.read_metadata(file) for file in paths]
         columns = _columns(paths[0], schemas[0])
+        for file, schema in zip(paths, schemas, strict=True):
+            _check_columns(file, schema, columns)
         labels, class_names = _labels(paths, columns[1], _features(schemas[0]))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
     rows = [m.row_group(g).num_rows for m in metadata for g in range(m.num_row_groups)]
     names = [
         f"{f.name}:{row}" for f, m in zip(paths, metadata, strict=True) for row in range(m.num_rows)
     ]
+    if labels is not None and len(labels) != len(names):
+        raise ValueError(f"labels of {path} must be {len(names)}, got {len(labels)}")
     files = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}" for file in paths]
     return Source(
         name=collection_name(path) if split is None else f"{collection_name(path)}/{split}",
         image_names=names,
         class_labels=labels if labels is not None else np.full(len(names), UNLABELLED, np.int64),
         class_names=class_names,
-        fingerprint=fingerprint([*files, *class_names]),
+        fingerprint=fingerprint(
+            [*files, *class_names, b"" if labels is None else labels.tobytes()]
+        ),
+        earlier_fingerprint=fingerprint([*files, *class_names]),
         read=ParquetReader(
             paths=tuple(paths),
             column=columns[0],
@@ -119,12 +127,17 @@ class DatasetReader:
 
     table: Any
     column: str
+    folders: tuple[Path, ...]
+    """Where files of a data set may lie: a row that names another would read this machine's."""
 
     def __call__(self, index: int) -> bytes:
         row = self.table[index][self.column]
         if row["bytes"] is not None:
             return bytes(row["bytes"])
-        return Path(row["path"]).read_bytes()
+        path = Path(row["path"]).resolve()
+        if not any(folder in path.parents for folder in self.folders):
+            raise ValueError(f"the row names a file that was not downloaded: {row['path']}")
+        return regular_file_bytes(path)
 
 
 def _dataset_source(name: str, split: str, table: Any) -> Source:
@@ -144,8 +157,22 @@ def _dataset_source(name: str, split: str, table: Any) -> Source:
         class_labels=labels,
         class_names=class_names,
         fingerprint=fingerprint([name, split, len(table), labels.tobytes(), *class_names]),
-        read=DatasetReader(table, columns[0]),
+        read=DatasetReader(table, columns[0], _data_folders(name)),
     )
+
+
+def _data_folders(name: str) -> tuple[Path, ...]:
+    """Return the caches of the hub, and the folder itself if the name is one."""
+    import datasets
+    import huggingface_hub
+
+    folders = [
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        huggingface_hub.constants.HF_HUB_CACHE,
+        *([name] if Path(name).is_dir() else []),
+    ]
+    return tuple(Path(folder).resolve() for folder in folders)
 
 
 def _parquet_files(path: Path, split: str | None) -> tuple[Path, list[Path]]:
@@ -170,10 +197,15 @@ def _split_name(root: Path, file: Path) -> str:
     return stem
 
 
-def _features(schema: Any) -> dict[str, Any]:
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Return what the hub's metadata say of each column; nothing if there are none."""
     metadata = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(metadata)["info"]["features"] if metadata else {}
-    return features if isinstance(features, dict) else {}
+    try:
+        features = json.loads(metadata)["info"]["features"] if metadata else {}
+        stated = {name: feature for name, feature in features.items() if name in schema.names}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the metadata of the hub make no sense: {error!r:.200}") from error
+    return {name: feature for name, feature in stated.items() if isinstance(feature, dict)}
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, str | None]:
@@ -193,8 +225,14 @@ def _columns(path: Path, schema: Any) -> tuple[str, str | None]:
     )
 
 
+def _check_columns(path: Path, schema: Any, columns: tuple[str, str | None]) -> None:
+    for column in columns:
+        if column is not None and schema.names.count(column) != 1:
+            raise ValueError(f"{path} must have one column {column}, as the first of its files has")
+
+
 def _labels(
-    paths: list[Path], column: str | None, features: dict[str, Any]
+    paths: list[Path], column: str | None, features: dict[str, dict[str, Any]]
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     if column is None:
         return None, ()
@@ -202,16 +240,29 @@ def _labels(
     import pyarrow.parquet as pq
 
     read = [pq.read_table(file, columns=[column])[column] for file in paths]
-    values = pa.chunked_array([chunk for array in read for chunk in array.chunks])
+    kinds = sorted({str(array.type) for array in read})
+    if len(kinds) > 1:
+        raise ValueError(f"{column} must be of one type in all files, got {', '.join(kinds)}")
+    values = pa.chunked_array([chunk for array in read for chunk in array.chunks], read[0].type)
     return _numbered(values.to_numpy(), features.get(column, {}).get("names"))
 
 
-def _numbered(values: np.ndarray, given: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def _numbered(values: np.ndarray, given: object) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return labels as numbers, and the names of the classes."""
     if values.dtype.kind in "iu":
         labels = values.astype(np.int64)
-        return labels, tuple(given) if given else numbered_class_names(labels)
+        return labels, _names(given) or numbered_class_names(labels)
     if all(isinstance(value, str) for value in values):
-        names, labels = np.unique(values.astype(str), return_inverse=True)
-        return labels.astype(np.int64), tuple(str(name) for name in names)
+        # Not np.unique: its array takes the length of the longest for each.
+        names = sorted(set(values.tolist()))
+        numbers = {name: number for number, name in enumerate(names)}
+        return np.array([numbers[value] for value in values], np.int64), tuple(names)
     raise ValueError("labels must be integers or strings without gaps")
+
+
+def _names(given: object) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"names of the classes must be a list of texts, got {given!r:.200}")
+    return tuple(given)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from remixdit.data.autoencoder import stored_name
 from remixdit.model.diffusers_dit import is_diffusers
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
@@ -70,7 +71,7 @@ def as_asked(given: RemixDiT, options: "ImportOptions", license: str) -> RemixDi
         class_names=options.class_names or given.config.class_names,
         autoencoder=stated_autoencoder
         if options.autoencoder == "none"
-        else {"name": options.autoencoder},
+        else {"name": stored_name(options.autoencoder)},
         license=license,
     )
     return RemixDiT(config, network).eval()

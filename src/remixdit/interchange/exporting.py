@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from remixdit.diffusion.dit import DiT
-from remixdit.files import new_directory, refuse_occupied
+from remixdit.files import new_directory, refuse_occupied, save_tensors
 from remixdit.interchange.layout import official_state
+from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig
 from remixdit.model.diffusers_dit import BLOCK_NAMES, FACTS_FILE, OUTER_NAMES
 from remixdit.model.loading import load_model
@@ -141,6 +141,8 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
     converted.load_state_dict(diffusers_state(plain))
     with new_directory(Path(directory)) as beside:
         converted.save_pretrained(beside)
+        for weights in beside.glob("*.safetensors"):  # written for their owner alone
+            shutil.copymode(beside / "config.json", weights)
         if not stock:
             add_code(Path(remixdit_transformer.__file__), beside)
         write_facts(model.config, beside / FACTS_FILE)
@@ -194,8 +196,12 @@ def write_dit(model: RemixDiT, expert: int, path: Path) -> None:
         "expert": str(expert),
         "boundaries": json.dumps(model.intervals.boundaries[expert : expert + 2]),
         "prediction_type": model.config.prediction_type,
+        "num_train_timesteps": str(model.config.num_train_timesteps),
+        "class_names": json.dumps(model.config.class_names, ensure_ascii=False),
+        "autoencoder": json.dumps(dict(model.config.autoencoder), ensure_ascii=False),
     }
-    save_file({name: v.detach().cpu().contiguous() for name, v in state.items()}, path, metadata)
+    weights = {name: v.detach().cpu().contiguous() for name, v in state.items()}
+    save_tensors(weights, path, **metadata)
 
 
 def diffusers_config(network: DiT) -> dict[str, Any]:
@@ -240,10 +246,9 @@ def diffusers_card(config: RemixConfig, expert: int) -> str:
     """Return the README.md of an exported directory."""
     assert config.boundaries is not None
     begin, end = config.boundaries[expert : expert + 2]
-    license_line = f"license: other\nlicense_name: {config.license}\n" if config.license else ""
     usage = STOCK_USAGE if config.network.timestep_embedding == "diffusers" else CODE_USAGE
     return (
-        f"---\nlibrary_name: diffusers\n{license_line}---\n\n"
+        f"---\nlibrary_name: diffusers\n{license_lines(config.license)}---\n\n"
         f"# Expert {expert} of {config.num_experts}, for timesteps {begin} to {end}\n\n"
         f"{config.prediction_type}; the null label is {config.network.num_classes}.\n\n{usage}"
     )

@@ -23,7 +23,8 @@ def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[
         ema: Take the averaged weights of a training checkpoint where it has any.
 
     Returns:
-        The tensors on the CPU, as they were saved, and the metadata of a `.safetensors` file.
+        The tensors on the CPU, as they were saved, and the metadata of a `.safetensors` file, or
+        the arguments of the training run that a `.pt` file states.
 
     Raises:
         ValueError: The file is not there, holds something else, or reading it would run code.
@@ -32,7 +33,8 @@ def read_tensors(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[
         raise ValueError(f"checkpoint must be a file, got {path}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    return state_dict_in(read_pickle(path), path, ema), {}
+    content = read_pickle(path)
+    return state_dict_in(content, path, ema), arguments_in(content)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -77,6 +79,16 @@ def reason(error: Exception) -> str:
     return "it cannot be read, it may be cut short or of another kind"
 
 
+def arguments_in(content: Any) -> dict[str, str]:
+    """Return the arguments of the training run that published code saves with its weights."""
+    found = content.get("args") if isinstance(content, Mapping) else None
+    if isinstance(found, argparse.Namespace):
+        found = vars(found)
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(name): value for name, value in found.items() if isinstance(value, str)}
+
+
 def state_dict_in(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
     """Return the state dict in the content of a file: alone, or under ema, model or state_dict."""
     for name in ("ema", "model", "state_dict") if ema else ("model", "state_dict"):
@@ -91,4 +103,18 @@ def state_dict_in(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
             "checkpoint must hold a state dict, alone or under ema or model, got other things "
             f"than tensors under {', '.join(others[:5])} in {path}"
         )
-    return {str(name): value for name, value in content.items()}
+    found = {str(name): value for name, value in content.items()}
+    for name, values in found.items():
+        check_tensor(name, values, path)
+    return found
+
+
+def check_tensor(name: str, values: Tensor, path: Path) -> None:
+    """Refuse a tensor that is no plain array, or claims more numbers than the file has."""
+    place = f"{ascii(name)[:80]} of {path}"
+    if values.layout != torch.strided or values.is_meta or values.is_quantized:
+        kind = "meta" if values.is_meta else "quantized" if values.is_quantized else values.layout
+        raise ValueError(f"{place} must be a dense tensor, got {kind}")
+    claimed, held = values.numel() * values.itemsize, values.untyped_storage().nbytes()
+    if claimed > held:
+        raise ValueError(f"{place} must hold its {claimed:,} bytes in the file, got {held:,}")

@@ -1,5 +1,6 @@
 """Published checkpoints of DiT and Remix-DiT become a `RemixDiT`."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from remixdit.data.autoencoder import stored_name
 from remixdit.files import new_directory, refuse_occupied
 from remixdit.interchange.directories import as_asked, names_directory, open_directory
 from remixdit.interchange.files import read_tensors
@@ -19,7 +21,7 @@ from remixdit.interchange.layout import (
     mixed_in,
     without_prefix,
 )
-from remixdit.interchange.sit import as_flow, is_sit, refuse_other_path
+from remixdit.interchange.sit import as_flow, is_sit, is_stated_sit, refuse_other_path
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 
@@ -111,15 +113,14 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
         return as_asked(given, options, weights_license(options, stated, path))
     state, metadata = read_tensors(path, options.ema)
     state = without_prefix(state)
-    num_heads = options.num_heads
-    if num_heads is None and metadata.get("num_heads", "").isdigit():
-        num_heads = int(metadata["num_heads"])  # one of our own exports
-    kind, prediction_type = options.timestep_embedding or "dit", "epsilon"
-    if options.timestep_embedding is None and is_sit(state):
-        kind = "sit"
+    kind = options.timestep_embedding or embedding_in(path, state, metadata)
+    prediction_type = metadata.get("prediction_type", "epsilon")
     if kind == "sit":
         refuse_other_path(metadata)
         state, prediction_type = as_flow(state), "flow_prediction"
+    num_heads = options.num_heads
+    if num_heads is None:
+        num_heads = stated_number(metadata, "num_heads")  # of one of our own exports
     network = infer_config(state, num_heads, options.input_size)
     check_shapes(state, network)
     network = replace(network, timestep_embedding=kind)
@@ -129,14 +130,46 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
         num_bases=num_bases,
         num_experts=num_experts,
         prediction_type=prediction_type,
-        class_names=options.class_names,
-        autoencoder={"name": options.autoencoder},
+        num_train_timesteps=stated_number(metadata, "num_train_timesteps") or 1000,
+        class_names=options.class_names
+        or tuple(map(str, stated_json(metadata, "class_names", []))),
+        autoencoder=weights_autoencoder(options, metadata),
         license=weights_license(options, metadata, path),
     )
     weights = {name: v.float() for name, v in state.items() if name != "pos_embed"}
     if LOGITS in weights:
         return import_mixture(weights, config)
     return RemixDiT(config, load_network(weights, network)).eval()
+
+
+def embedding_in(path: Path, state: Mapping[str, Tensor], stated: Mapping[str, str]) -> str:
+    """Return the embedding of timesteps in a file: that of a SiT, if it is one, else a DiT's."""
+    if "boundaries" in stated:  # one of our own exports
+        return "dit"
+    return "sit" if is_sit(state) or is_stated_sit(path.name, stated) else "dit"
+
+
+def stated_number(stated: Mapping[str, str], name: str) -> int | None:
+    """Return a number in the metadata of a file, None if there is none."""
+    text = stated.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() else None
+
+
+def stated_json(stated: Mapping[str, str], name: str, default: Any) -> Any:
+    """Return JSON values in the metadata of a file, of the type of the default."""
+    try:
+        found = json.loads(stated.get(name, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} in the file's metadata must be JSON, got {error}") from error
+    return found if isinstance(found, type(default)) else default
+
+
+def weights_autoencoder(options: ImportOptions, stated: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the autoencoder of the latents: as given, else as the file says."""
+    if options.autoencoder != "none":
+        return {"name": stored_name(options.autoencoder)}
+    found = stated_json(stated, "autoencoder", {})
+    return found if isinstance(found.get("name"), str) else {"name": "none"}
 
 
 def mixture_counts(state: Mapping[str, Tensor], options: ImportOptions) -> tuple[int, int]:

@@ -10,15 +10,17 @@ So the last linear changes its sign, and `timestep_embedding` is "sit".
 Shapes: P patch size, C channels, D hidden size.
 """
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from remixdit.interchange.layout import PATCHES
 
-__all__ = ["as_flow", "is_sit", "refuse_other_path"]
+__all__ = ["as_flow", "is_sit", "is_stated_sit", "refuse_other_path"]
 
 LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
+NAME = re.compile(r"(?<![A-Za-z])SiT(?![a-z])")  # SiT-XL-2-256x256.pt, SiT-B/2
 
 
 def is_sit(state: Mapping[str, Tensor]) -> bool:
@@ -29,6 +31,13 @@ def is_sit(state: Mapping[str, Tensor]) -> bool:
     parts = [outputs_in(state, name) for name in LAST]
     used = any(part is not None and bool(part[:, 0].any()) for part in parts)
     return used and not any(part is None or bool(part[:, 1].any()) for part in parts)
+
+
+def is_stated_sit(file_name: str, stated: Mapping[str, str]) -> bool:
+    """Whether a file is called a SiT, or the arguments of its training run are those of one."""
+    if "path_type" in stated or stated.get("prediction", "noise") != "noise":
+        return True
+    return any(NAME.search(name) for name in (file_name, stated.get("model", "")))
 
 
 def as_flow(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

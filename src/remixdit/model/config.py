@@ -2,16 +2,34 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 from remixdit.diffusion.dit import DiTConfig
 from remixdit.diffusion.intervals import Intervals
 from remixdit.diffusion.noise import Diffusion, Flow, linear_betas
+from remixdit.mixture.coefficients import KINDS, check_counts
+from remixdit.model.validation import check_fields, fits, json_object, shown, wanted
 
-__all__ = ["RemixConfig", "noise_process"]
+__all__ = ["RemixConfig", "noise_process", "read_config"]
 
 FORMAT_VERSION = 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
+# Fields whose defaults would silently make another model of the same weights.
+REQUIRED = {
+    *("network", "num_bases", "num_experts", "mixed", "coefficients", "boundaries"),
+    *("prediction_type", "num_train_timesteps"),
+}
+# Fields of a network that earlier versions did not write; their defaults are what these computed.
+LATER = {"timestep_embedding"}
+# What nobody trains; it keeps a forged file from taking the memory or hours.
+LARGEST = {
+    **{"input_size": 2**14, "patch_size": 2**14, "in_channels": 2**14, "hidden_size": 2**16},
+    **{"depth": 512, "num_heads": 2**12, "mlp_ratio": 256, "num_classes": 10**7},
+    **{"num_bases": 2**12, "num_experts": 2**14, "num_train_timesteps": 10**6},
+}
+MOST_NUMBERS = 2**25  # of one table that is computed, not read
+MOST_PATTERNS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +65,15 @@ class RemixConfig:
 
     def __post_init__(self) -> None:
         """Refuse fields that do not fit together; fill in the boundaries."""
+        check_counts(self.num_bases, self.num_experts)
+        if self.coefficients not in KINDS:
+            raise ValueError(
+                f"coefficients must be one of {', '.join(KINDS)}, got {self.coefficients!r}"
+            )
+        if self.num_train_timesteps < 1:
+            raise ValueError(
+                f"num_train_timesteps must be at least 1, got {self.num_train_timesteps}"
+            )
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, "
@@ -99,15 +126,57 @@ class RemixConfig:
         values = dict(values)
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
-            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version}")
-        unknown = sorted(values.keys() - {item.name for item in fields(cls)})
-        if unknown:
-            raise ValueError(f"config.json must hold known fields only, got {', '.join(unknown)}")
-        values["network"] = DiTConfig(**values["network"])
+            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {shown(version)}")
+        check_fields(cls, values, "config.json", required=REQUIRED, largest=LARGEST)
+        network = values["network"]
+        every = {item.name for item in fields(DiTConfig)} - LATER
+        check_fields(DiTConfig, network, "network", required=every, largest=LARGEST)
+        values["network"] = DiTConfig(**network)
         for name in ("boundaries", "class_names", "mixed"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
-        return cls(**values)
+        check_memory(values)
+        check_autoencoder(values.get("autoencoder", {"name": "none"}))
+        config = cls(**values)
+        config.intervals()  # refuses boundaries that are not in order
+        return config
+
+
+def read_config(directory: Path) -> RemixConfig:
+    """Return the configuration in a model directory or a checkpoint."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model directory must hold a config.json, got {directory}")
+    return RemixConfig.from_json(json_object(path))
+
+
+def check_memory(values: Mapping[str, Any]) -> None:
+    """Refuse a model whose tables alone, which are no weights in a file, fill the memory."""
+    network = values["network"]
+    if isinstance(values["mixed"], tuple) and len(values["mixed"]) > MOST_PATTERNS:
+        raise ValueError(f"mixed must be at most {MOST_PATTERNS} patterns")
+    sizes = {
+        "input_size": network.num_tokens * network.hidden_size,
+        "num_experts": values["num_experts"] * values["num_bases"] * (network.depth + 2),
+    }
+    for name, size in sizes.items():
+        if size > MOST_NUMBERS:
+            found = values.get(name, getattr(network, name, None))
+            raise ValueError(
+                f"{name} must need a table of at most {MOST_NUMBERS:,} numbers, got {found}"
+            )
+
+
+def check_autoencoder(spec: Mapping[str, Any]) -> None:
+    """Refuse an autoencoder without a name, and what is no number where numbers are used."""
+    for name, value in spec.items():
+        kind: Any = str if name in ("name", "digest") else float | tuple[float, ...]
+        if not fits(kind, value):
+            raise ValueError(
+                f"{shown(name)} of autoencoder must be {wanted(kind)}, got {shown(value)}"
+            )
+    if "name" not in spec:
+        raise ValueError("autoencoder must state its name, got none")
 
 
 def noise_process(config: RemixConfig) -> Diffusion | Flow:

@@ -1,6 +1,5 @@
 """Facts about a model: sizes, intervals, coefficients and cost, without loading its bases."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from safetensors import safe_open
 from remixdit.diffusion.costs import forward_flops, training_flops
 from remixdit.model.config import RemixConfig
 from remixdit.model.diffusers_dit import load_diffusers
-from remixdit.model.loading import DIFFUSERS, Found, damage_named, find_model, model_config
-from remixdit.model.model import download
+from remixdit.model.loading import DIFFUSERS, Found, damage_named, located, model_config
 
 __all__ = ["describe"]
 
@@ -25,9 +23,7 @@ def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
         path: A model directory, a checkpoint, a run, or a model of the Hugging Face hub.
         ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
     """
-    found = find_model(Path(path), ema) or find_model(download(str(path)), ema)
-    if found is None:
-        raise ValueError(f"model must hold a model.safetensors, got {path}")
+    found = located(path, ema)
     with damage_named(found.directory):
         return facts_of(found)
 
@@ -35,11 +31,9 @@ def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
 def facts_of(found: Found) -> dict[str, Any]:
     """Return the facts in the files of a model."""
     config, weights = model_config(found.directory), found.directory / found.weights
-    state_file = found.directory / "state.json"
-    step = json.loads(state_file.read_text("utf-8"))["step"] if state_file.is_file() else None
     return {
         "weights": str(weights),
-        "step": step,
+        "step": found.step,
         **config.to_json(),
         "coefficient_kind": config.coefficients,
         **tables_of(found, config),
@@ -58,16 +52,22 @@ def tables_of(found: Found, config: RemixConfig) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return {
-        "coefficients": coefficients_in(path, config.coefficients),
+        "coefficients": coefficients_in(path, config),
         "parameters": count_parameters(shapes, config.num_bases),
     }
 
 
-def coefficients_in(weights: Path, kind: str) -> Any:
+def coefficients_in(weights: Path, config: RemixConfig) -> Any:
     """Return the (N, K) coefficients, or (L, N, K) with a table for each block, as lists."""
     with safe_open(weights, "pt") as file:
+        shape = file.get_slice("logits").get_shape() if "logits" in file.keys() else None  # noqa: SIM118
+        own = [config.num_experts, config.num_bases]
+        if shape is None or shape[-2:] != own or len(shape) != 2 + config.per_block:
+            raise ValueError(f"logits of {weights} must have the shape {own}, got {shape}")
         logits: torch.Tensor = file.get_tensor("logits")
-    return (logits.softmax(-1) if kind == "softmax" else logits).tolist()
+    if not logits.isfinite().all():
+        raise ValueError(f"logits of {weights} must be finite, got NaN or infinity")
+    return (logits.softmax(-1) if config.coefficients == "softmax" else logits).tolist()
 
 
 def count_parameters(shapes: Mapping[str, Sequence[int]], num_bases: int) -> dict[str, int]:

@@ -8,19 +8,20 @@ diffusers embeds a timestep at the frequencies 10000^(-i / 127), i = 0..127, the
 10000^(-i / 128). A directory is read as the class that it names computes it, so outputs are equal.
 """
 
-import json
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from remixdit.diffusion.dit import DiTConfig
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
+from remixdit.model.validation import fits, json_object, shown
+from remixdit.model.validation import wanted as wanted_type
+from remixdit.model.weights import read_weights
 
 __all__ = [
     "BLOCK_NAMES",
@@ -65,6 +66,19 @@ REQUIRED = {
     "norm_elementwise_affine": False,
 }
 
+# Numbers that are calculated with before they are part of a configuration that is checked.
+TYPES = {
+    "norm_eps": float,
+    "num_attention_heads": int,
+    "attention_head_dim": int,
+    "in_channels": int,
+    "out_channels": int | None,
+    "sample_size": int,
+    "patch_size": int,
+    "num_layers": int,
+    "num_embeds_ada_norm": int,
+}
+
 
 def is_diffusers(directory: Path) -> bool:
     """Whether a directory was saved by diffusers: a pipeline, or a transformer alone."""
@@ -78,7 +92,7 @@ def load_diffusers(directory: Path) -> RemixDiT:
     """Return the model of a directory that `is_diffusers`."""
     config = diffusers_config(directory)
     model = RemixDiT.empty(config)
-    state = our_state(read_weights(transformer_of(directory)), config.network, directory)
+    state = our_state(saved_weights(transformer_of(directory)), config.network, directory)
     weights = {"logits": torch.zeros(1, 1)}
     for key, name in model.experts.disk_names().items():
         if name != "logits":
@@ -95,23 +109,24 @@ def transformer_of(directory: Path) -> Path:
 
 def diffusers_config(directory: Path) -> RemixConfig:
     """Return the configuration of a model that diffusers saved."""
-    values = read_json(transformer_of(directory) / "config.json")
-    facts = read_json(directory / FACTS_FILE) if (directory / FACTS_FILE).is_file() else {}
+    values = json_object(transformer_of(directory) / "config.json")
+    facts = json_object(directory / FACTS_FILE) if (directory / FACTS_FILE).is_file() else {}
     network = network_config(values, directory)
     scheduler = directory / "scheduler" / "scheduler_config.json"
-    noise = noise_settings(read_json(scheduler), scheduler) if scheduler.is_file() else {}
-    return RemixConfig(
-        network=network,
-        num_bases=1,
-        num_experts=1,
-        prediction_type=facts.get("prediction_type", noise.get("prediction_type", "epsilon")),
-        num_train_timesteps=facts.get(
-            "num_train_timesteps", noise.get("num_train_timesteps", 1000)
-        ),
-        class_names=tuple(facts.get("class_names") or labels_in(directory, network.num_classes)),
-        autoencoder=facts.get("autoencoder") or autoencoder_in(directory),
-        license=facts.get("license") or license_in(directory),
-    )
+    noise = noise_settings(json_object(scheduler), scheduler) if scheduler.is_file() else {}
+    plain = RemixConfig(network=network, num_bases=1, num_experts=1, class_names=()).to_json()
+    stated = {
+        "prediction_type": "epsilon",
+        "num_train_timesteps": 1000,
+        **noise,
+        **{name: value for name, value in facts.items() if value},
+    }
+    stated.setdefault("class_names", labels_in(directory, network.num_classes))
+    stated.setdefault("autoencoder", autoencoder_in(directory))
+    stated.setdefault("license", license_in(directory))
+    # As JSON values, which are checked as those of our own files are.
+    own = {"network": plain["network"], "num_bases": 1, "num_experts": 1, "boundaries": None}
+    return RemixConfig.from_json({**plain, **stated, **own})
 
 
 def network_config(values: Mapping[str, Any], directory: Path) -> DiTConfig:
@@ -125,6 +140,11 @@ def network_config(values: Mapping[str, Any], directory: Path) -> DiTConfig:
         if values.get(name, wanted) != wanted:
             raise ValueError(
                 f"{name} must be {wanted} for a DiT, got {values[name]} in {directory}"
+            )
+    for name, hint in TYPES.items():
+        if name in values and not fits(hint, values[name]):
+            raise ValueError(
+                f"{name} must be {wanted_type(hint)}, got {shown(values[name])} in {directory}"
             )
     # A DiT has 1e-6 in both norms of a block. 1e-5, diffusers' default for the second, changes
     # outputs by about 1e-5 of their size.
@@ -156,6 +176,8 @@ def network_config(values: Mapping[str, Any], directory: Path) -> DiTConfig:
 def noise_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return prediction type and T of a scheduler; refuse betas that are not ours."""
     steps = values.get("num_train_timesteps", 1000)
+    if not fits(int, steps) or steps < 1:
+        raise ValueError(f"num_train_timesteps must be at least 1, got {shown(steps)} in {path}")
     wanted = {
         "beta_schedule": "linear",
         "beta_start": 1e-4 * 1000 / steps,
@@ -174,7 +196,7 @@ def noise_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def labels_in(directory: Path, num_classes: int) -> tuple[str, ...]:
     """Return the class names of a pipeline, if it names all classes."""
     path = directory / "model_index.json"
-    found = read_json(path).get("id2label") if path.is_file() else None
+    found = json_object(path).get("id2label") if path.is_file() else None
     names = found if isinstance(found, Mapping) else {}
     if names.keys() != {str(number) for number in range(num_classes)}:
         return ()
@@ -186,7 +208,7 @@ def autoencoder_in(directory: Path) -> dict[str, Any]:
     config = directory / "vae" / "config.json"
     if not config.is_file():
         return {"name": "none"}
-    scale = read_json(config).get("scaling_factor")
+    scale = json_object(config).get("scaling_factor")
     known = {} if scale is None else {"scaling_factor": float(scale)}
     return {"name": str(directory.resolve()), **known}
 
@@ -201,33 +223,31 @@ def license_in(directory: Path) -> str:
     stated = dict(
         line.split(": ", 1) for line in lines if line.startswith("license") and ": " in line
     )
-    return stated.get("license_name") or stated.get("license", "")
+    return (stated.get("license_name") or stated.get("license", "")).strip("\"'")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    found = json.loads(path.read_text("utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}")
-    return found
-
-
-def read_weights(directory: Path) -> dict[str, Tensor]:
+def saved_weights(directory: Path) -> dict[str, Tensor]:
     """Return the tensors that diffusers saved, in one file or several."""
     index = directory / f"{WEIGHTS}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        return {n: v for name in names for n, v in load_file(directory / Path(name).name).items()}
+        places = json_object(index).get("weight_map")
+        if not isinstance(places, Mapping) or not fits(tuple[str, ...], list(places.values())):
+            raise ValueError(f"weight_map of {index} must name files, got {shown(places)}")
+        files = sorted({Path(name).name for name in places.values()})
+        return {n: v for name in files for n, v in read_weights(directory / name).items()}
     for kind in ("safetensors", "fp16.safetensors"):
         if (directory / f"{WEIGHTS}.{kind}").is_file():
-            return load_file(directory / f"{WEIGHTS}.{kind}")
+            return read_weights(directory / f"{WEIGHTS}.{kind}")
     path = directory / f"{WEIGHTS}.bin"
     if not path.is_file():
         raise ValueError(f"checkpoint must hold {WEIGHTS}.safetensors or .bin, got {directory}")
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
         raise ValueError(f"checkpoint must hold tensors and nothing else, got {path}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"checkpoint must hold tensors and nothing else, got {path}")
+    return found
 
 
 def our_state(theirs: dict[str, Tensor], network: DiTConfig, directory: Path) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from remixdit.model.config import RemixConfig
+from remixdit.model.config import RemixConfig, read_config
 from remixdit.model.diffusers_dit import diffusers_config, is_diffusers, load_diffusers
 from remixdit.model.model import RemixDiT, download
+from remixdit.model.state import STATE_FILE, check_whole, read_state
+from remixdit.model.validation import brief
 
 __all__ = [
     "DIFFUSERS",
@@ -21,8 +22,10 @@ __all__ = [
     "damage_named",
     "find_model",
     "load_model",
+    "located",
     "model_config",
     "newest_checkpoint",
+    "stated_config",
     "steps_done",
 ]
 
@@ -36,6 +39,14 @@ class Found:
     directory: Path
     weights: str
     """Name of the file in the directory."""
+
+    @property
+    def step(self) -> int | None:
+        """Number of optimizer steps done, None for a model, which does not state it."""
+        if not (self.directory / STATE_FILE).is_file():
+            return None
+        with damage_named(self.directory):
+            return read_state(self.directory).step
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -53,23 +64,18 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
     """Load a checkpoint.
 
     Args:
-        path: A model directory, a checkpoint, a run (its finished model, else its newest
-            checkpoint), a DiT or a pipeline that diffusers saved, or a model of the Hugging Face
-            hub.
+        path: A model directory, a checkpoint, a run (its newest checkpoint, else its finished
+            model), a DiT or a pipeline that diffusers saved, or a model of the Hugging Face hub.
         ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
         device: Device of the weights.
     """
-    directory = Path(path) if Path(path).is_dir() else download(str(path))
-    found = find_model(directory, ema)
-    assert found is not None
+    found = located(path, ema)
     with damage_named(found.directory):
         if found.weights == DIFFUSERS:
             return load_diffusers(found.directory).to(device)
-        if found.weights == "model.safetensors":
-            return RemixDiT.from_pretrained(found.directory, device)
-        model = RemixDiT.empty(model_config(found.directory))
-        model.load_weights(load_file(found.directory / found.weights))
-        return model.to(device).eval()
+        if (found.directory / STATE_FILE).is_file():
+            check_whole(found.directory, ("config.json", found.weights))
+        return RemixDiT.from_directory(found.directory, found.weights, device)
 
 
 def model_config(directory: Path) -> RemixConfig:
@@ -77,7 +83,19 @@ def model_config(directory: Path) -> RemixConfig:
     with damage_named(directory):
         if is_diffusers(directory):
             return diffusers_config(directory)
-        return RemixConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
+        return read_config(directory)
+
+
+def stated_config(path: str | Path) -> RemixConfig:
+    """Return the configuration of a model, named as for `load_model`, without its weights."""
+    return model_config(located(path).directory)
+
+
+def located(path: str | Path, ema: bool = True) -> Found:
+    """Return the place of the weights of a model, which is downloaded if it is not local."""
+    found = find_model(Path(path), ema) or find_model(download(str(path)), ema)
+    assert found is not None  # a download is local
+    return found
 
 
 @contextmanager
@@ -91,7 +109,7 @@ def damage_named(directory: Path) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(f"model must have whole files, got {directory}: no {error}") from error
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"model must have whole files, got {directory}: {error}") from error
+        raise ValueError(f"model must have whole files, got {directory}: {brief(error)}") from error
 
 
 def find_model(path: Path, ema: bool = True) -> Found | None:
@@ -104,9 +122,10 @@ def find_model(path: Path, ema: bool = True) -> Found | None:
         return Found(path, "ema.safetensors" if ema else "model.safetensors")
     if (path / "model.safetensors").is_file():
         return Found(path, "model.safetensors")
-    if ema and (path / "model" / "model.safetensors").is_file():
-        return Found(path / "model", "model.safetensors")
+    # The last step of a run is saved before its model is, so no model is newer than a checkpoint.
     newest = newest_checkpoint(path)
+    if newest is None and ema and (path / "model" / "model.safetensors").is_file():
+        return Found(path / "model", "model.safetensors")
     if newest is None:
         raise ValueError(f"checkpoint must be a model directory or a run with one, got {path}")
     return find_model(newest, ema)

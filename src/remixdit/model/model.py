@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from remixdit.diffusion.dit import DiT
-from remixdit.files import write_file
+from remixdit.files import save_tensors, write_file
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
 from remixdit.model.alike import boundaries_at, plain_networks
-from remixdit.model.config import RemixConfig, noise_process
+from remixdit.model.card import license_lines
+from remixdit.model.config import RemixConfig, noise_process, read_config
 from remixdit.model.switch import Switch
+from remixdit.model.weights import check_same_shapes, read_weights
 
 __all__ = ["RemixDiT", "download", "write_model_files"]
 
@@ -272,7 +273,7 @@ class RemixDiT(nn.Module):
         weights = {
             name: values.detach().cpu().contiguous() for name, values in self.weights().items()
         }
-        write_file(directory / "model.safetensors", lambda path: save_file(weights, path))
+        write_file(directory / "model.safetensors", lambda path: save_tensors(weights, path))
         write_model_files(directory, self.config)
 
     @classmethod
@@ -288,17 +289,19 @@ class RemixDiT(nn.Module):
         directory = Path(name_or_path)
         if not directory.is_dir():
             directory = download(str(name_or_path))
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"model directory must hold a config.json, got {directory}")
-        values = json.loads((directory / "config.json").read_text("utf-8"))
-        try:
-            config = RemixConfig.from_json(values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"config.json must describe a remixdit model, got {directory}"
-            ) from error
-        model = cls.empty(config)
-        model.load_weights(load_file(directory / "model.safetensors"))
+        return cls.from_directory(directory, "model.safetensors", device)
+
+    @classmethod
+    def from_directory(cls, directory: Path, weights: str, device: str | torch.device) -> Self:
+        """Load a local model.
+
+        Args:
+            directory: A model directory or a checkpoint.
+            weights: Name of the file of its weights.
+            device: Device of the weights.
+        """
+        model = cls.empty(read_config(directory))
+        model.load_weights(read_weights(directory / weights))
         return model.to(device).eval()
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
@@ -326,18 +329,6 @@ class RemixDiT(nn.Module):
             check_labels(class_labels, network.num_classes)
 
 
-def check_same_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are missing, unknown or of another shape."""
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(f"weights must match the model: missing {missing}, extra {extra}")
-    for name, values in own.items():
-        if values.shape != given[name].shape:
-            raise ValueError(
-                f"{name} must have the shape {tuple(values.shape)}, got {tuple(given[name].shape)}"
-            )
-
-
 def check_labels(class_labels: Tensor, num_classes: int) -> None:
     """Refuse labels that have no embedding."""
     outside = (class_labels < 0) | (class_labels > num_classes)
@@ -350,10 +341,17 @@ def check_labels(class_labels: Tensor, num_classes: int) -> None:
 def download(repo_id: str) -> Path:
     """Download a model of the hub into the cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    owner, slash, name = repo_id.partition("/")
+    if not (owner and slash and name) or "/" in name or Path(owner).exists():
+        raise ValueError(f"model must be a directory or a model of the hub, got {repo_id!r}")
     try:
         return Path(snapshot_download(repo_id))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{repo_id} is no directory, and the Hugging Face Hub cannot be reached to look for it"
+        ) from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"model must be a directory or a model of the hub, got {repo_id!r}"
@@ -371,9 +369,9 @@ def write_model_files(directory: Path, config: RemixConfig) -> None:
 def model_card(config: RemixConfig) -> str:
     """Return the README.md of a model directory."""
     network = config.network
-    license_line = f"license: other\nlicense_name: {config.license}\n" if config.license else ""
     return (
-        f"---\nlibrary_name: remixdit\ntags: [diffusion, remix-dit]\n{license_line}---\n\n"
+        f"---\nlibrary_name: remixdit\ntags: [diffusion, remix-dit]\n"
+        f"{license_lines(config.license)}---\n\n"
         f"# Remix-DiT, {config.num_bases} bases, {config.num_experts} experts\n\n"
         f"{network.depth} blocks of width {network.hidden_size}, patch {network.patch_size}, "
         f"latents {network.in_channels}x{network.input_size}x{network.input_size}, "

@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from remixdit.files import write_file
+from remixdit.files import whole_file, write_file
 from remixdit.sampling.sampler import Samples
 
 __all__ = ["Target", "claim", "target_of", "write_about", "write_samples"]
@@ -128,16 +128,11 @@ def write_folder(path: Path, batches: Iterator[Samples]) -> Iterator[int]:
 def write_npz(path: Path, batches: Iterator[Samples], class_labels: Sequence[int]) -> Iterator[int]:
     """Write arr_0 and arr_1, batch by batch: 50,000 images need not fit into memory."""
     labels = np.asarray(class_labels, np.int64)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with zipfile.ZipFile(beside, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                yield from write_rows(file, batches, len(labels))
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, labels)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(path) as beside, zipfile.ZipFile(beside, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            yield from write_rows(file, batches, len(labels))
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
 
 
 def write_rows(file: IO[bytes], batches: Iterator[Samples], count: int) -> Iterator[int]:

@@ -15,6 +15,7 @@ both with timesteps stratified over the same intervals: they differ in the mixtu
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +27,13 @@ from PIL import Image
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiTConfig
+from remixdit.distributed import pick_device
 from remixdit.evaluation.held_out import held_out
 from remixdit.evaluation.losses import interval_losses, loss_matrix
 from remixdit.figures import plots
 from remixdit.figures.grids import image_grid
 from remixdit.figures.html import Block, Commands, Heading, Picture, Table, Text, write_report
+from remixdit.files import write_file
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.progress import Progress
@@ -166,8 +169,8 @@ def pick_precision(name: str) -> str:
 
 def measure(config: QuickstartConfig, stage: str) -> Result:
     """Measure a finished run on the held-out digits; all stages see the same noise."""
-    model = load_model(config.output_dir / stage)
-    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_HELD_OUT)
+    model = load_model(config.output_dir / stage, device=str(pick_device(config.device)))
+    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_HELD_OUT, model.config)
     intervals = model.intervals.uniform(config.num_experts)
     return Result(model, interval_losses(model, held, intervals, seed=config.seed)[0])
 
@@ -237,7 +240,8 @@ def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
     """Draw the figures, and write the report around them."""
     remixed = results["remixed"].model
     boundaries = remixed.intervals.boundaries
-    held = held_out(ShardDataset(data_dir(config, "held-out")), NUM_MATRIX_IMAGES)
+    shards = ShardDataset(data_dir(config, "held-out"))
+    held = held_out(shards, NUM_MATRIX_IMAGES, remixed.config)
     digits = [str(digit) for digit in range(10)] * DIGITS_PER_CLASS
     series = {name: results[name].losses.mean(1) for name in ("continued", "remixed", "pretrained")}
     tables = remixed.experts.coefficients().detach().cpu().numpy()[0]
@@ -252,9 +256,9 @@ def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
     for name, picture in pictures.items():
         path = config.output_dir / "figures" / f"{name}.png"
         if isinstance(picture, Image.Image):
-            picture.save(path)
+            write_file(path, partial(picture.save, format="png"))
         else:
-            plots.save(picture, path)
+            write_file(path, partial(plots.save, picture))
     blocks: list[Block] = [
         Text(INTRODUCTION.format(**vars(config))),
         Heading("Digits"),

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,9 +31,10 @@ from remixdit.data import ShardDataset
 from remixdit.data.autoencoder import load_autoencoder
 from remixdit.diffusion.costs import training_flops
 from remixdit.diffusion.intervals import Intervals
+from remixdit.distributed import pick_device
 from remixdit.evaluation.feature_sets import FeatureSet, image_features, reference_features
-from remixdit.evaluation.features import load_extractor, metric_name
-from remixdit.evaluation.held_out import held_out
+from remixdit.evaluation.features import Extractor, load_extractor, metric_name
+from remixdit.evaluation.held_out import held_out, side_of_shards
 from remixdit.evaluation.image_sets import open_images
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
@@ -41,6 +42,7 @@ from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
+from remixdit.model.match import match, side_of
 from remixdit.model.model import RemixDiT
 from remixdit.progress import Progress, finish
 from remixdit.sampling.sampler import SamplingConfig, sample
@@ -51,7 +53,7 @@ from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfi
 from remixdit.training.loop import train
 from remixdit.training.optimizer import OptimizerConfig
 from remixdit.training.run import check_run, claim_run, read_metrics
-from remixdit.training.start import training_strata
+from remixdit.training.start import outline_of, side_of_data, training_strata
 
 __all__ = ["study"]
 
@@ -93,7 +95,8 @@ def check_study(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / "config.json"
     if not path.is_file() and any(directory.iterdir()):
         raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
-    check_run(directory, settings, MAY_CHANGE)
+    defaults = {field.name: field.default for field in fields(StudyConfig)}
+    check_run(directory, settings, MAY_CHANGE, {k: v for k, v in defaults.items() if v != MISSING})
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
@@ -114,7 +117,10 @@ def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
         )
     start = load_model(config.init_from)
     if start.num_experts > 1:
-        raise ValueError(f"init_from must be a plain DiT, got {start.num_experts} experts")
+        raise ValueError(f"--from must be a plain DiT, got {start.num_experts} experts")
+    ours = side_of("--from", start.config)
+    match(ours, side_of_data(outline_of(common_run(config, cells[0], start))))
+    match(ours, side_of_shards(held), subset=True)
     for cell in cells:
         if cell.variant != START:
             run_config(variant(cell.variant), common_run(config, cell, start))
@@ -147,18 +153,18 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
     torch.set_num_threads(threads)
     directory = cell_dir(config, cell)
     directory.mkdir(parents=True, exist_ok=True)
-    start = load_model(config.init_from)
+    device, start = pick_device(config.device), load_model(config.init_from)
     result: dict[str, Any] = {"variant": cell.variant, "seed": cell.seed, "images": 0}
     if cell.variant == START:
-        model = start
+        model = start.to(device)
     else:
         run = run_config(variant(cell.variant), common_run(config, cell, start))
         parts = independent_runs(variant(cell.variant), run)
         for part in parts:
             finish(train(part))
-        half = trained_model(parts, f"checkpoints/step-{parts[0].steps // 2:08d}")
+        half = trained_model(parts, f"checkpoints/step-{parts[0].steps // 2:08d}").to(device)
         result["half"] = {"images": run.steps // 2 * run.batch_size, **measured(config, half)[0]}
-        model = trained_model(parts)
+        model = trained_model(parts).to(device)
         result |= cost_of(run, parts, model)
         coefficients = model.experts.coefficients().detach()
         result["coefficients"] = coefficients.tolist() if model.num_experts <= 20 else None
@@ -183,6 +189,7 @@ def trained_model(parts: Sequence[TrainConfig], where: str = "") -> RemixDiT:
         [model.expert(0) for model in models],
         strata.boundaries,
         prediction_type=first.prediction_type,
+        num_train_timesteps=first.num_train_timesteps,
         class_names=first.class_names,
         autoencoder=first.autoencoder,
     )
@@ -215,6 +222,7 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
         output=OutputConfig(
             log_every=max(1, min(50, steps // 2)),
             save_every=max(1, steps // 2),
+            save_minutes=0,  # the checkpoint of half of the steps must not be pruned
             keep_checkpoints=3,
             tensorboard=False,
         ),
@@ -256,7 +264,8 @@ def mixing_flops(model: RemixDiT, experts_per_step: int) -> int:
 
 def measured(config: StudyConfig, model: RemixDiT) -> tuple[dict[str, Any], np.ndarray]:
     """Return the validation loss, with that of each interval, and all losses (I, n)."""
-    held = held_out(ShardDataset(Path(config.held_out)), config.num_held_out)
+    shards = ShardDataset(Path(config.held_out))
+    held = held_out(shards, config.num_held_out, model.config)
     if model.config.is_flow:
         intervals = Intervals.continuous(NUM_INTERVALS)
     else:
@@ -268,7 +277,9 @@ def measured(config: StudyConfig, model: RemixDiT) -> tuple[dict[str, Any], np.n
 
 def scored(config: StudyConfig, model: RemixDiT, directory: Path) -> dict[str, Any]:
     """Draw samples and score them against the held-out images; all cells draw the same noise."""
-    extractor = load_extractor(config.extractor, weights=config.extractor_weights)
+    extractor = load_extractor(
+        config.extractor, weights=config.extractor_weights, device=model.device
+    )
     sampling = SamplingConfig(
         num_images=config.num_samples,
         guidance_scale=config.guidance_scale,
@@ -277,12 +288,10 @@ def scored(config: StudyConfig, model: RemixDiT, directory: Path) -> dict[str, A
         seed=config.seed,
         batch_size=50,
     )
-    images = []
-    for batch in sample(model, load_autoencoder(model.config.autoencoder), sampling):
-        images.append(batch.images)
-    drawn = np.concatenate(images)
+    autoencoder = load_autoencoder(model.config.autoencoder, model.device)
+    drawn = np.concatenate([batch.images for batch in sample(model, autoencoder, sampling)])
     image_grid(drawn[:GRID_IMAGES], 10).save(directory / "samples.png")
-    real = reference_of(config)
+    real = reference_of(config, extractor)
     fake = image_features(np.split(drawn, range(64, len(drawn), 64)), extractor)
     kernel = kernel_distance(real.pool, fake.pool)
     frechet = frechet_distance(gaussian(real.pool), gaussian(fake.pool))
@@ -294,21 +303,22 @@ def scored(config: StudyConfig, model: RemixDiT, directory: Path) -> dict[str, A
     return {"sampling": asdict(sampling), **extractor.facts(), "scores": named}
 
 
-def reference_of(config: StudyConfig) -> FeatureSet:
+def reference_of(config: StudyConfig, extractor: Extractor) -> FeatureSet:
     """Return the features of the held-out images, extracted once for all cells."""
     path = config.output_dir / f"reference-{config.extractor}.npz"
     if not path.is_file():
-        extractor = load_extractor(config.extractor, weights=config.extractor_weights)
-        found = reference_features(open_images(config.held_out), extractor, NUM_REFERENCE)
-        kept = {name: v.numpy() for name, v in found._asdict().items() if v is not None}
+        images = open_images(config.held_out, device=extractor.device)
+        found = reference_features(images, extractor, NUM_REFERENCE)
+        kept = {name: v.cpu().numpy() for name, v in found._asdict().items() if v is not None}
 
         def write(beside: Path) -> None:
             with beside.open("wb") as file:  # np.savez would add a suffix
                 np.savez(file, **kept)
 
-        write_file(path, write)
+        write_file(path, write, shared=True)  # cells run at once
     with np.load(path) as file:
-        return FeatureSet(**{name: torch.from_numpy(file[name]) for name in file.files})
+        kept = {name: torch.from_numpy(file[name]).to(extractor.device) for name in file.files}
+    return FeatureSet(**kept)
 
 
 def cell_dir(config: StudyConfig, cell: Cell) -> Path:

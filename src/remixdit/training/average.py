@@ -3,7 +3,7 @@
 average = lerp(average, weights, 1 - decay)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,11 +29,19 @@ class Average:
         }
 
     @torch.no_grad()
-    def update(self, weight: float) -> None:
-        """Average the current weights in, with the share `weight`."""
+    def update(self, weight: float, good: Tensor) -> None:
+        """Average the current weights in, unless the step was skipped.
+
+        Args:
+            weight: Share of the current weights.
+            good: Whether the step was taken, a scalar on the device.
+        """
         averages = [local(values) for values in self.values.values()]
         present = [local(parameter.detach()) for parameter in self.parameters.values()]
-        get_ema_multi_avg_fn(1 - weight)(averages, present, 0)  # type: ignore[no-untyped-call]
+        if good.device.type != "cpu":
+            lerp_if(good, averages, present, weight)
+        elif good:  # on a CPU there is nothing to wait for
+            get_ema_multi_avg_fn(1 - weight)(averages, present, 0)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -53,3 +61,12 @@ class Average:
             average.copy_(kept)
             # torch does not count a write through the local part of a sharded parameter.
             torch.autograd.graph.increment_version(parameter)
+
+
+def lerp_if(
+    good: Tensor, averages: Sequence[Tensor], present: Sequence[Tensor], weight: float
+) -> None:
+    """Do what the stock function does, with the share 0 unless `good`, without waiting for it."""
+    share = good * (1 - (1 - weight))  # as the stock function rounds it
+    for average, values in zip(averages, present, strict=True):
+        average.lerp_(values, share)

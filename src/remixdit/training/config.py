@@ -3,6 +3,8 @@
 Frozen dataclasses; the command line shows the docstring under each field as its help.
 """
 
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ __all__ = [
     "ObjectiveConfig",
     "OutputConfig",
     "TrainConfig",
+    "seconds_of",
 ]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,7 +31,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
     *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
-    *("compile", "micro_batch_size"),
+    *("compile", "micro_batch_size", "allow_older", "save_minutes", "stop_after"),
 }
 
 
@@ -119,8 +122,8 @@ class MixtureConfig:
 class ObjectiveConfig:
     """The target of the network, and the timesteps and labels that it learns from."""
 
-    prediction_type: str = "epsilon"
-    """Prediction of the network: epsilon, v_prediction or flow_prediction."""
+    prediction_type: str = "auto"
+    """Prediction: epsilon, v_prediction, flow_prediction; auto for that of --from, else epsilon."""
     label_dropout: float = 0.1
     """Share of the labels that become the null label, which guidance needs."""
     logit_normal: bool = False
@@ -141,7 +144,7 @@ class ObjectiveConfig:
             raise ValueError(f"timestep_strata must be 0 with interval, got {self.timestep_strata}")
         if self.timestep_strata < 0:
             raise ValueError(f"timestep_strata must be at least 0, got {self.timestep_strata}")
-        if self.logit_normal and self.prediction_type != "flow_prediction":
+        if self.logit_normal and self.prediction_type not in ("auto", "flow_prediction"):
             raise ValueError("logit_normal must be false without flow_prediction, got true")
 
     def only_interval(self) -> tuple[int, int] | None:
@@ -162,6 +165,10 @@ class OutputConfig:
     """Number of optimizer steps between lines of metrics."""
     save_every: int = 5000
     """Number of optimizer steps between checkpoints; the last step is always saved."""
+    save_minutes: float = 10.0
+    """Number of minutes after which a checkpoint is written in any case; 0 for no limit."""
+    stop_after: str = ""
+    """Time after which the run saves and ends with exit code 75, e.g. 3h50m; none by default."""
     keep_checkpoints: int = 3
     """Number of checkpoints that are kept, the newest ones."""
     sample_every: int = 0
@@ -183,6 +190,19 @@ class OutputConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sample_every < 0:
             raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
+        if not 0 <= self.save_minutes < math.inf:
+            raise ValueError(f"save_minutes must be at least 0, got {self.save_minutes}")
+        seconds_of(self.stop_after)
+
+
+def seconds_of(duration: str) -> float:
+    """Return the seconds of a duration such as 1d, 3h50m or 90s; 0 for none."""
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
+    seconds = [int(part or 0) for part in found.groups()] if found else [0]
+    total = sum(part * unit for part, unit in zip(seconds, (86400, 3600, 60, 1), strict=False))
+    if duration and not total:
+        raise ValueError(f"stop_after must be a time such as 3h50m, 45m or 90s, got {duration!r}")
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +228,13 @@ class TrainConfig:
     recompute: bool = False
     """Recompute each block in the backward pass to save the memory of its activations."""
     image_size: int | None = None
-    """Edge of unencoded images in pixels; by default the network's input_size."""
+    """Edge of unencoded images in pixels; by default the input_size of --from, or the network's."""
     strict: bool = False
     """Refuse data with unreadable images instead of leaving those images out."""
     new_labels: bool = False
     """Learn a new class embedding, for data with other classes than the model to start from."""
+    allow_older: bool = False
+    """Resume from the newest whole checkpoint if newer ones are damaged; these are set aside."""
     seed: int = 0
     """Seed for weights, data order, timesteps and noise."""
     device: str = "auto"
@@ -279,6 +301,11 @@ class TrainConfig:
                 "train must be all without bases that stay as they are (--from), with one basis "
                 f"and with one_hot coefficients, got {self.train}"
             )
+        if self.train == "coefficients" and self.new_labels:
+            raise ValueError(
+                "train must be all with --new-labels, which draws a class embedding that has to "
+                f"be learned, got {self.train}"
+            )
         if not self.further_bases:
             return
         if given != mixture.num_bases:
@@ -312,7 +339,7 @@ class TrainConfig:
             return self.mixture.intervals
         total = max(self.mixture.num_experts, self.objective.timestep_strata)
         together = self.strata_per_step == total > 1
-        predicts_noise = self.objective.prediction_type == "epsilon"
+        predicts_noise = self.objective.prediction_type in ("auto", "epsilon")
         return "log_snr" if together and predicts_noise else "uniform"
 
     def to_json(self) -> dict[str, Any]:

@@ -16,22 +16,42 @@ A run is a directory:
 
 import json
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 from remixdit import distributed
-from remixdit.data import EncodeConfig, ShardDataset, check_batch_size, prepare
+from remixdit.data import (
+    EncodeConfig,
+    ShardDataset,
+    check_batch_size,
+    is_shard_dir,
+    prepare,
+)
 from remixdit.distributed import Ranks
 from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.progress import Progress, finish
+from remixdit.training.checkpoint import refuse_damaged
 from remixdit.training.config import MAY_CHANGE, TrainConfig
 from remixdit.training.recorder import Recorder, is_due
-from remixdit.training.run import DATA_DIR, check_run, claim_run
+from remixdit.training.run import (
+    DATA_DIR,
+    check_run,
+    claim_run,
+    is_same,
+    only_run,
+    stated_settings,
+)
 from remixdit.training.start import (
+    Start,
     outline_of,
     run_settings,
+    settled,
     starting_model,
     stretched_schedules,
 )
+from remixdit.training.stopping import Stop, Watch
 from remixdit.training.trainer import Training
 
 __all__ = ["train"]
@@ -39,7 +59,7 @@ __all__ = ["train"]
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> Generator[Progress, None, None]:
+def train(config: TrainConfig, stop: Stop | None = None) -> Generator[Progress, None, None]:
     """Train; the progress of every step, and before that of encoding, is reported.
 
     The caller may stop at any time: the run goes on from its last checkpoint when the same
@@ -47,6 +67,7 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
 
     Args:
         config: The run.
+        stop: Asked by the caller to end the run early: it saves after the step, then ends.
 
     Yields:
         Progress of the stages "encode", if the data are not encoded yet, and "train", in steps.
@@ -54,19 +75,36 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
     check_batch_size(config.batch_size, ranks.num_ranks)
+    refuse_damaged(config.output_dir, config.allow_older, ranks.is_first)
     check_steps(config)
     check_shard_size(config, ranks)
     start = starting_model(config, outline_of(config))
+    config = settled(config, start.config if config.init_from else None)
     settings = run_settings(config, start.config)
     # Encoded data are identified by their digest; others, before encoding, by their path.
     unknown = "data" if settings["data_digest"] else "data_digest"
-    defaults = TrainConfig(data="", output_dir=config.output_dir).to_json()
+    defaults = settled(TrainConfig(data="", output_dir=config.output_dir), None).to_json()
     check_run(config.output_dir, settings, {*MAY_CHANGE, unknown}, defaults)
-    dataset = yield from open_dataset(config, ranks)
-    settings["data_digest"] = dataset.digest
+    with only_run(config.output_dir) if ranks.is_first else nullcontext():
+        dataset = yield from open_dataset(config, ranks, start.config.network.input_size)
+        settings["data_digest"] = dataset.digest
+        training = begun(config, settings, start, dataset, ranks)
+        yield from steps_of(config, training, stop or Stop())
+
+
+def begun(
+    config: TrainConfig,
+    settings: Mapping[str, Any],
+    start: Start,
+    dataset: ShardDataset,
+    ranks: Ranks,
+) -> Training:
+    """Return the run at the step from which it goes on, after all processes agree on it."""
+    defaults = settled(TrainConfig(data="", output_dir=config.output_dir), None).to_json()
     check_run(config.output_dir, settings, {*MAY_CHANGE, "data"}, defaults)
-    if ranks.is_first and (remark := stretched_schedules(config)):
-        logger.warning(remark)
+    for remark in filter(None, (start.remark, stretched_schedules(config))):
+        if ranks.is_first:
+            logger.warning(remark)
     training = Training(config, start, dataset, ranks)
     training.resume()  # first, as a checkpoint may be damaged
     distributed.agree(
@@ -80,12 +118,13 @@ def train(config: TrainConfig) -> Generator[Progress, None, None]:
     if ranks.is_first:
         claim_run(config.output_dir, settings)
     distributed.barrier()
-    yield from steps_of(config, training)
+    return training
 
 
-def steps_of(config: TrainConfig, training: Training) -> Iterator[Progress]:
+def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Progress]:
     """Take the remaining steps."""
-    recorder, loss = Recorder(config, training), ""
+    output, loss = config.output, ""
+    recorder, watch = Recorder(config, training), Watch(config.output, training.ranks, stop)
     try:
         for inputs in training.batches():
             if training.step >= config.steps:
@@ -93,15 +132,21 @@ def steps_of(config: TrainConfig, training: Training) -> Iterator[Progress]:
             first = training.step
             training.take_step(inputs)
             if first == recorder.first_step:
-                distributed.lose_patience()
+                watch.wishes.lose_patience()
+                stop.waits = True
+            ends, saves = watch.after_step(is_due(training.step, config, output.save_every))
             metrics = None
-            if is_due(training.step, config, config.output.log_every, config.output.save_every):
+            if saves or is_due(training.step, config, output.log_every):
                 metrics = training.metrics()
                 loss = f"loss {metrics['loss']:.4f}, "
-            recorder.record(metrics)
-            note = loss + experts_note(inputs.plan.strata)
+            recorder.record(metrics, saves)
+            note = loss + experts_note(inputs.plan.strata) + recorder.saved_note()
             yield Progress("train", training.step, config.steps, note)
-        recorder.finish()
+            if ends:
+                break
+        watch.wishes.read()
+        if training.step >= config.steps:
+            recorder.finish()
     finally:
         recorder.close()
     distributed.barrier()
@@ -132,15 +177,25 @@ def check_shard_size(config: TrainConfig, ranks: Ranks) -> None:
         )
 
 
-def open_dataset(config: TrainConfig, ranks: Ranks) -> Generator[Progress, None, ShardDataset]:
+def open_dataset(
+    config: TrainConfig, ranks: Ranks, image_size: int
+) -> Generator[Progress, None, ShardDataset]:
     """Open the shards, or encode the images of a source once into the run's directory."""
-    size = config.image_size or config.network.input_size
-    encode = EncodeConfig(image_size=size, seed=config.seed, strict=config.strict)
-    cache = config.output_dir / DATA_DIR
+    encode = EncodeConfig(image_size=image_size, seed=config.seed, strict=config.strict)
+    cache, source = config.output_dir / DATA_DIR, needed_source(config)
     if ranks.is_first:
-        tell_of_skipped(config, (yield from prepare(config.data, cache, encode)))
+        tell_of_skipped(config, (yield from prepare(source, cache, encode)))
     distributed.barrier()
-    return finish(prepare(config.data, cache, encode))
+    return finish(prepare(source, cache, encode))
+
+
+def needed_source(config: TrainConfig) -> str:
+    """Return where to read the data: a run that has encoded them does without their source."""
+    cache, stated = config.output_dir / DATA_DIR, stated_settings(config.output_dir) or {}
+    is_gone = not Path(config.data).exists()
+    if is_gone and is_shard_dir(cache) and is_same("data", stated.get("data"), config.data):
+        return str(cache)
+    return config.data
 
 
 def tell_of_skipped(config: TrainConfig, dataset: ShardDataset) -> None:

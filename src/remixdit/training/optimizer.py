@@ -19,7 +19,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from remixdit.distributed.parallel import local, sharded_like, whole
 from remixdit.mixture.experts import Experts
 
-__all__ = ["OptimizerConfig", "adamw", "clip", "gradients_of_logits", "set_learning_rates"]
+__all__ = [
+    "OptimizerConfig",
+    "adamw",
+    "clip",
+    "gradients_of_logits",
+    "set_learning_rates",
+    "step_if",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +139,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) -> Tensor:
     """Scale all gradients so that the norm of those of the weights is at most `limit`.
 
-    A gradient that is not finite counts as zero, in all parameters: one bad batch must not end a
-    run.
+    If the norm is not finite, neither are the gradients afterwards: the step has to be skipped.
 
     Args:
         weights: Bases and shared parameters; they alone decide the norm, unless all are frozen.
@@ -148,14 +154,21 @@ def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) ->
     if not deciding and logits.grad is not None:
         deciding = [logits.grad]
     norm = whole(get_total_norm(deciding, foreach=True))
-    finite = norm.isfinite()
-    if norm.device.type != "cpu" or not finite:  # on a CPU there is nothing to wait for
-        for parameter in every:
-            grad = local(parameter.grad)  # type: ignore[arg-type]
-            grad.copy_(torch.where(finite, grad, 0.0))
     if limit:
-        clip_grads_with_norm_(every, limit, torch.where(finite, norm, 0.0), foreach=True)
+        clip_grads_with_norm_(every, limit, norm, foreach=True)
     return norm
+
+
+def step_if(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take a step of a fused optimizer, or leave weights, moments and counts as they are.
+
+    Args:
+        good: Whether to take it, a scalar on the device that nobody waits for.
+        optimizer: AdamW, fused.
+    """
+    # The kernel reads it before it writes anything; a gradient scaler sets it in the same way.
+    optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def gradients_of_logits(experts: Experts, strength: float) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,8 @@ class Inputs(NamedTuple):
     """(b,) weight of each image in the loss."""
     strata: Tensor
     """(b,) interval of each timestep, on the CPU."""
+    positions: Tensor
+    """(b,) place of each image in the batch of all processes, on the CPU."""
 
     def rows(self, start: int, stop: int) -> "Inputs":
         """Return the images in [start, stop)."""
@@ -61,11 +63,11 @@ class Inputs(NamedTuple):
         return Inputs(self.plan, *(values.pin_memory() for values in self[1:]))
 
     def to(self, device: torch.device) -> "Inputs":
-        """Return the inputs on a device, but for the strata, which routing needs on the CPU."""
+        """Return the inputs on a device, but for strata and positions, needed on the CPU."""
         moved = {
             name: values.to(device, non_blocking=True)
             for name, values in self._asdict().items()
-            if name not in ("plan", "strata")
+            if name not in ("plan", "strata", "positions")
         }
         return self._replace(**moved)
 
@@ -125,6 +127,7 @@ class Planner:
             torch.where(dropped, self.num_classes, batch.class_labels[order]),
             torch.tensor(plan.weights)[groups],
             strata,
+            positions,
         )
 
     def uniform(self, stream: int, step: int, positions: Tensor) -> Tensor:

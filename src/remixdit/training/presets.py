@@ -15,7 +15,7 @@ from remixdit.diffusion.dit import DiTConfig
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training.optimizer import OptimizerConfig
 
-__all__ = ["PRESETS", "Preset", "preset", "train_config"]
+__all__ = ["PRESETS", "Preset", "check_start", "preset", "train_config"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Preset:
     """Result, measured or published."""
     settings: Mapping[str, Any]
     """Fields of `TrainConfig` other than its defaults."""
+    fine_tunes: bool = False
+    """Whether the run must start from a given model."""
 
 
 FINE_TUNING = OptimizerConfig(learning_rate=2e-5)
@@ -46,6 +48,7 @@ def remixed(size: str, published: str) -> Preset:
             "optimizer": FINE_TUNING,
             "precision": "bf16",
         },
+        fine_tunes=True,
     )
 
 
@@ -55,6 +58,7 @@ def fine_tuned_s2(summary: str, result: str = NOT_MEASURED, **changes: Any) -> P
         f"fine-tune a DiT-S/2 (--from): {summary}",
         result,
         {"network": S2, "optimizer": FINE_TUNING, "precision": "bf16", **changes},
+        fine_tunes=True,
     )
 
 
@@ -118,6 +122,7 @@ PRESETS = {
             "batch_size": 240,  # a multiple of the 20 experts
             "precision": "bf16",
         },
+        fine_tunes=True,
     ),
     "s2-plain": Preset(
         "from scratch: the plain DiT-S/2 to start others from, as published",
@@ -168,6 +173,15 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def check_start(name: str, init_from: str | None) -> None:
+    """Refuse to train from scratch at the learning rate of fine-tuning."""
+    if preset(name).fine_tunes and not init_from:
+        raise ValueError(
+            f"--from must name the model that preset {name} fine-tunes, got none; presets that end "
+            "in -plain train one, and `remixdit import` reads a published one"
+        )
+
+
 def train_config(
     name: str, *, data: str | Path, output_dir: str | Path, **changes: Any
 ) -> TrainConfig:
@@ -179,5 +193,6 @@ def train_config(
         output_dir: Directory of the run.
         changes: Other fields of `TrainConfig`.
     """
+    check_start(name, changes.get("init_from"))
     settings = {**preset(name).settings, **changes}
     return TrainConfig(data=str(data), output_dir=Path(output_dir), **settings)

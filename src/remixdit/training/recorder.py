@@ -3,19 +3,26 @@
 The first process writes. All processes gather sharded tensors, so all of them call this.
 """
 
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from remixdit.distributed.parallel import whole
+from remixdit.files import write_file
 from remixdit.training import checkpoint
 from remixdit.training.config import TrainConfig
 from remixdit.training.run import append_metrics, cut_metrics
 from remixdit.training.trainer import Training
 
 __all__ = ["Board", "Recorder", "is_due"]
+
+logger = logging.getLogger(__name__)
 
 CELL = 12  # pixels of one coefficient on TensorBoard
 
@@ -39,6 +46,7 @@ class Recorder:
         # Only sharded tensors cost the other processes anything: all of them gather.
         self.joins = self.writes or training.is_sharded
         self.first_step = training.step
+        self.lacks_samples = False
         self.board: Board | None = None
         self.writer = checkpoint.Writer(config.output_dir, config.output.keep_checkpoints)
         if self.writes:
@@ -46,14 +54,15 @@ class Recorder:
             if config.output.tensorboard:
                 self.board = Board(config.output_dir, training.step)
 
-    def record(self, metrics: dict[str, Any] | None) -> None:
-        """Write the files that are due after a step."""
+    def record(self, metrics: dict[str, Any] | None, saves: bool) -> None:
+        """Write what is due after a step: a line of metrics, samples, a checkpoint."""
+        self.writer.check()
         output, step = self.config.output, self.training.step
         if metrics is not None and self.joins:
             self._write_metrics(metrics)
         if output.sample_every and self.joins and is_due(step, self.config, output.sample_every):
             self._write_samples()
-        if self.joins and is_due(step, self.config, output.save_every):
+        if self.joins and saves:
             self._write_checkpoint()
 
     def finish(self) -> None:
@@ -70,6 +79,10 @@ class Recorder:
                 self.config.output_dir / "model", training.model.config, parts["ema"]
             )
 
+    def saved_note(self) -> str:
+        """Return which checkpoint was written last."""
+        return "" if self.writer.saved is None else f", saved step {self.writer.saved}"
+
     def close(self) -> None:
         """End the writer's thread, and raise an error that happened there."""
         if self.board:
@@ -82,7 +95,8 @@ class Recorder:
             training.model, training.optimizer, training.average, self.writes
         )
         if self.writes:
-            self.writer.write(training.step, training.model.config, parts)
+            skipped = training.skipped.total()
+            self.writer.write(training.step, training.model.config, parts, skipped)
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         tables = whole(self.training.model.experts.logits.detach())  # by all, if it is sharded
@@ -103,20 +117,34 @@ class Recorder:
         if not self.writes:
             return
         grid = image_grid(images, 8, names)
-        directory = self.config.output_dir / "samples"
-        directory.mkdir(exist_ok=True)
-        grid.save(directory / f"step-{self.training.step:08d}.png")
+        path = self.config.output_dir / "samples" / f"step-{self.training.step:08d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_file(path, partial(grid.save, format="png"))
+        except OSError as error:
+            if not self.lacks_samples:  # nobody loses days of training for a picture
+                logger.warning("%s cannot be written: %s; training goes on", path, error.strerror)
+            self.lacks_samples = True
         if self.board:
             self.board.add_samples(np.array(grid), self.training.step)
 
 
 class Board:
-    """TensorBoard curves, coefficients and samples of a run."""
+    """TensorBoard curves, coefficients and samples of a run.
+
+    They end with a warning when they cannot be written; training goes on.
+    """
 
     def __init__(self, directory: Path, first_step: int) -> None:
+        self.directory = directory / "tensorboard"
+        self.excepthook = threading.excepthook
+        # Its thread raises what it met in our next call too, where it becomes a warning.
+        threading.excepthook = self._hear
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self.writer: SummaryWriter | None = None
+        with self._only_warned():
+            self.writer = SummaryWriter(str(self.directory), purge_step=first_step)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Write one line of metrics; a list becomes one curve for each interval."""
@@ -124,9 +152,9 @@ class Board:
             if isinstance(value, list):
                 for i, part in enumerate(value):
                     if part is not None:
-                        self._scalar(f"{name}/{i:03d}", part, row["step"])
+                        self._add("add_scalar", f"{name}/{i:03d}", part, row["step"])
             elif name != "step" and value is not None:
-                self._scalar(name, value, row["step"])
+                self._add("add_scalar", name, value, row["step"])
 
     def add_coefficients(self, coefficients: np.ndarray, step: int) -> None:
         """Show (L, N, K) coefficients: a row for each basis, a column for each expert, white for 1.
@@ -136,15 +164,33 @@ class Board:
         tables = coefficients.clip(0, 1).transpose(0, 2, 1)  # (L, K, N)
         cells = (255 * np.concatenate(list(tables))).astype(np.uint8)
         pixels = cells.repeat(CELL, axis=0).repeat(CELL, axis=1)
-        self.writer.add_image("coefficients", pixels, step, dataformats="HW")
+        self._add("add_image", "coefficients", pixels, step, dataformats="HW")
 
     def add_samples(self, grid: np.ndarray, step: int) -> None:
         """Show a picture, (H, W, C) uint8."""
-        self.writer.add_image("samples", grid, step, dataformats="HWC")
+        self._add("add_image", "samples", grid, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write all pending events."""
-        self.writer.close()
+        if self.writer is not None:
+            with self._only_warned():
+                self.writer.close()
+        threading.excepthook = self.excepthook
 
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        self.writer.add_scalar(name, value, step)
+    def _hear(self, error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+            self.excepthook(error)
+
+    def _add(self, method: str, *facts: Any, **options: Any) -> None:
+        if self.writer is not None:
+            with self._only_warned():
+                getattr(self.writer, method)(*facts, **options)
+
+    @contextmanager
+    def _only_warned(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            reason = error.strerror or error
+            logger.warning("%s cannot be written: %s; training goes on", self.directory, reason)

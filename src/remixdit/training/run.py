@@ -5,14 +5,24 @@ metrics.jsonl   one JSON object a line; `step` is the number of optimizer steps 
 """
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from remixdit.files import write_file
+from remixdit.files import (
+    LOCK_FILE,
+    is_left_over,
+    locked,
+    make_directory,
+    remove_left_overs,
+    sync,
+    write_file,
+)
 
 __all__ = [
     "DATA_DIR",
@@ -21,9 +31,13 @@ __all__ = [
     "claim_run",
     "cut_metrics",
     "location",
+    "only_run",
     "read_metrics",
     "stated_settings",
+    "sync_metrics",
 ]
+
+logger = logging.getLogger(__name__)
 
 DATA_DIR = "data"  # where a run keeps what it encoded
 PLACES = {"data", "init_from", "further_bases"}  # settings that are compared as resolved paths
@@ -49,8 +63,7 @@ def check_run(
     stated = stated_settings(directory)
     if stated is not None:
         refuse_changes(directory, {**flat(defaults or {}), **flat(stated)}, settings, may_change)
-        read_metrics(directory)
-    elif directory.is_dir() and {entry.name for entry in directory.iterdir()} - {DATA_DIR}:
+    elif directory.is_dir() and not is_new(directory):
         raise ValueError(f"output_dir must be empty or hold a run, got {directory}")
     elif directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {directory}")
@@ -61,9 +74,37 @@ def check_run(
         raise ValueError(f"output_dir must be writable, got {directory}")
 
 
+def is_new(directory: Path) -> bool:
+    """Whether a directory holds nothing but what a run leaves that was killed as it began."""
+    found = [path for path in directory.iterdir() if not is_left_over(path)]
+    return {path.name for path in found} <= {DATA_DIR, LOCK_FILE}
+
+
+@contextmanager
+def only_run(directory: Path) -> Iterator[None]:
+    """Be the only run that writes to a directory; leave nothing of one that is refused.
+
+    What a killed run had not finished is removed.
+
+    Raises:
+        ValueError: Another run writes to the directory.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    make_directory(directory)
+    try:
+        with locked(directory):
+            for part in ("", "checkpoints", "model", "samples"):
+                remove_left_overs(directory / part)
+            yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # there is something in it
+                path.rmdir()
+
+
 def claim_run(directory: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of a run."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     write_file(directory / "config.json", lambda beside: beside.write_text(text, "utf-8"))
 
@@ -146,13 +187,38 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def sync_metrics(directory: Path) -> None:
+    """Wait until `metrics.jsonl` is on the disk."""
+    if (directory / "metrics.jsonl").exists():
+        sync(directory / "metrics.jsonl")
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl`, without one that a crash cut short."""
+    """Return the lines of `metrics.jsonl`, without one that a crash cut short.
+
+    Other lines that are damaged are left out with a warning.
+    """
     path = directory / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text("utf-8", errors="replace").split("\n")
-    return [json_object(f"line {n} of {path}", text) for n, text in enumerate(lines[:-1], start=1)]
+    lines = path.read_text("utf-8", errors="replace").split("\n")[:-1]
+    rows = [(number, row_of(line)) for number, line in enumerate(lines, start=1)]
+    damaged = [number for number, row in rows if row is None]
+    if damaged:
+        logger.warning(
+            "%s: %d of %d lines are damaged and left out, such as line %d",
+            *(path, len(damaged), len(rows), damaged[0]),
+        )
+    return [row for _, row in rows if row is not None]
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """Return a line of metrics, None if it is damaged."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
 
 
 def cut_metrics(directory: Path, step: int) -> None:

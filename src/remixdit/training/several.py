@@ -18,11 +18,11 @@ from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 
-__all__ = ["further_networks", "refuse_unmixed_differences", "stacked_weights"]
+__all__ = ["further_models", "refuse_unmixed_differences", "stacked_weights"]
 
 
-def further_networks(names: Sequence[str], first: RemixConfig, first_name: str) -> Iterator[DiT]:
-    """Yield the networks beside the first; one that differs from it is refused.
+def further_models(names: Sequence[str], first: RemixConfig, first_name: str) -> Iterator[RemixDiT]:
+    """Yield the plain models beside the first; one that differs from it is refused.
 
     Args:
         names: Names of the models.
@@ -32,7 +32,7 @@ def further_networks(names: Sequence[str], first: RemixConfig, first_name: str) 
     for name in names:
         model = load_model(name)
         refuse_other_model(first, model.config, first_name, name)
-        yield model.expert(0)
+        yield model
 
 
 def stacked_weights(

@@ -15,20 +15,41 @@ from torch import Tensor, nn
 
 from remixdit.data import ShardDataset, check_apart, is_shard_dir, open_source
 from remixdit.data.autoencoder import Pixels
-from remixdit.diffusion.dit import DiT, DiTConfig
+from remixdit.diffusion.dit import DiT
 from remixdit.diffusion.intervals import Intervals, LogitNormal
 from remixdit.diffusion.noise import Diffusion, Flow
 from remixdit.distributed.parallel import checksum_of, fill
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.low_rank import initial_pair
 from remixdit.model.config import RemixConfig, noise_process
-from remixdit.model.loading import load_model, model_config, newest_checkpoint, steps_done
+from remixdit.model.loading import (
+    load_model,
+    model_config,
+    newest_checkpoint,
+    stated_config,
+    steps_done,
+)
+from remixdit.model.match import (
+    ClassesDifferError,
+    Side,
+    are_numbers,
+    match,
+    match_autoencoders,
+    side_of,
+)
 from remixdit.model.model import RemixDiT
 from remixdit.seeds import generator_for
+from remixdit.training.adapting import (
+    adapted,
+    carried_weights,
+    refuse_other_mixture,
+    refuse_other_network,
+    resampling_remark,
+)
 from remixdit.training.config import TrainConfig
 from remixdit.training.run import DATA_DIR, location, stated_settings
 from remixdit.training.several import (
-    further_networks,
+    further_models,
     refuse_unmixed_differences,
     stacked_weights,
 )
@@ -39,6 +60,8 @@ __all__ = [
     "give_storage",
     "outline_of",
     "run_settings",
+    "settled",
+    "side_of_data",
     "starting_model",
     "stretched_schedules",
     "training_strata",
@@ -56,13 +79,25 @@ class Outline(NamedTuple):
     """Autoencoder between latents and pixels."""
 
 
+def side_of_data(data: Outline) -> Side:
+    """Return what the data of a run state; the model is fitted to their shape."""
+    return Side(
+        name="the data",
+        num_classes=len(data.class_names),
+        class_names=data.class_names,
+        autoencoder=data.autoencoder,
+    )
+
+
 def outline_of(config: TrainConfig) -> Outline:
     """Return the outline of a run's data, without writing anything."""
     shards = encoded_data(config)
     if shards is not None:
         return Outline(shards.shape, shards.class_names, shards.autoencoder)
     check_apart(config.data, config.output_dir)
-    source, size = open_source(config.data), config.image_size or config.network.input_size
+    source = open_source(config.data)
+    network = stated_config(config.init_from).network if config.init_from else config.network
+    size = config.image_size or network.input_size
     return Outline((source.channels, size, size), source.class_names, Pixels.spec)
 
 
@@ -126,6 +161,8 @@ class Start(NamedTuple):
     config: RemixConfig
     weights: Callable[[], Iterator[tuple[str, Tensor]]]
     """Yields whole weights by name on disk, one at a time: K copies of all of them may not fit."""
+    remark: str = ""
+    """What the user may not expect, in one line."""
 
     def fill(self, model: RemixDiT, device: torch.device) -> int:
         """Give a model without storage its weights, or this process's part of them.
@@ -158,32 +195,94 @@ def starting_model(config: TrainConfig, data: Outline) -> Start:
         # The checkpoint replaces the model that the run started from, which may no longer exist.
         return Start(model_config(newest), lambda: iter(()))
     given = load_model(config.init_from) if config.init_from else None
+    config = settled(config, given.config if given else None)
+    labels = None if given is None else label_rows(given.config, data, config.new_labels)
     target = target_config(config, data, given)
     RemixDiT.empty(target)  # refuses what cannot be mixed, before anything is written
-    if given is not None:
-        refuse_other_autoencoder(given.config.autoencoder, data.autoencoder)
-    if given is not None and given.num_experts > 1:
-        if config.further_bases:
-            raise ValueError(
-                f"num_experts of {config.init_from} must be 1, a plain DiT, got {given.num_experts}"
-            )
-        refuse_other_mixture(given.config, target)
-        return Start(given.config, lambda: iter(given.weights().items()))
     if given is None:
         network = DiT(target.network, config.seed)
-    else:
-        network = adapted(given.expert(0), target.network, config)
-    if given is not None and config.further_bases:
-        others = further_networks(config.further_bases, given.config, str(config.init_from))
-        networks = [network, *(adapted(other, target.network, config) for other in others)]
-        refuse_unmixed_differences(target, networks)
-        return Start(target, partial(stacked_weights, target, networks, config.mixture.symmetry))
+        return Start(target, partial(remixed_weights, target, network, config))
+    refuse_other_network(given.config, target)
+    if given.num_experts > 1:
+        refuse_further_bases(config, given.num_experts)
+        refuse_other_mixture(given.config, target)
+        weights = partial(carried_weights, given, target, labels, config.seed)
+        return Start(target, weights, resampling_remark(given.config, target))
+    network = adapted(given.expert(0), target.network, labels, config.seed)
+    if config.further_bases:
+        return start_from_several(config, data, target, given.config, network)
     if config.train == "coefficients":
         raise ValueError(
             "train must be all for bases that begin as copies of one network, whose coefficients "
             f"change nothing, got {config.train}"
         )
     return Start(target, partial(remixed_weights, target, network, config))
+
+
+def refuse_further_bases(config: TrainConfig, num_experts: int) -> None:
+    """Refuse networks beside a mixture, which has bases already."""
+    if config.further_bases:
+        raise ValueError(
+            f"num_experts of {config.init_from} must be 1, a plain DiT, got {num_experts}"
+        )
+
+
+def start_from_several(
+    config: TrainConfig,
+    data: Outline,
+    target: RemixConfig,
+    first: RemixConfig,
+    network: DiT,
+) -> Start:
+    """Return the mixture whose bases are several plain networks.
+
+    Args:
+        config: The run.
+        data: Outline of its data.
+        target: Configuration of the mixture.
+        first: Configuration of the first network, before it was adapted.
+        network: The first network, adapted to the data.
+    """
+    networks = [network]
+    for other in further_models(config.further_bases, first, str(config.init_from)):
+        labels = label_rows(other.config, data, config.new_labels)
+        networks.append(adapted(other.expert(0), target.network, labels, config.seed))
+    refuse_unmixed_differences(target, networks)
+    return Start(target, partial(stacked_weights, target, networks, config.mixture.symmetry))
+
+
+def settled(config: TrainConfig, model: RemixConfig | None) -> TrainConfig:
+    """Return a run with the prediction type of the model that it starts from, if it names none.
+
+    Args:
+        config: The run.
+        model: The model that it starts from; None for a new one, which predicts the noise.
+    """
+    asked = config.objective.prediction_type
+    if asked == "auto":
+        found = model.prediction_type if model else "epsilon"
+        return replace(config, objective=replace(config.objective, prediction_type=found))
+    if model and asked != model.prediction_type:
+        raise ValueError(
+            f"--prediction-type must be that of --from, {model.prediction_type}, or be left out, "
+            f"got {asked}"
+        )
+    return config
+
+
+def label_rows(given: RemixConfig, data: Outline, new_labels: bool) -> list[int] | None:
+    """Return the row of the class embedding of each class of the data, and of the null label.
+
+    None if the embedding is learned afresh.
+    """
+    ours, theirs = side_of("--from", given), side_of_data(data)
+    if new_labels:
+        match_autoencoders(ours, theirs)
+        return None
+    try:
+        return [*match(ours, theirs), given.network.num_classes]
+    except ClassesDifferError as error:
+        raise ValueError(f"{error}; --new-labels learns the class embedding afresh") from error
 
 
 def remixed_weights(
@@ -234,11 +333,6 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
         in_channels=channels,
         num_classes=len(data.class_names),
     )
-    if given and given.config.prediction_type != objective.prediction_type:
-        raise ValueError(
-            f"prediction_type must be that of init_from, {given.config.prediction_type}, "
-            f"got {objective.prediction_type}"
-        )
     if objective.prediction_type == "flow_prediction":
         network = replace(network, learn_sigma=False)
     target = RemixConfig(
@@ -250,7 +344,8 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
         per_block=mixture.per_block,
         rank=mixture.rank,
         prediction_type=objective.prediction_type,
-        class_names=data.class_names,
+        num_train_timesteps=given.config.num_train_timesteps if given else 1000,
+        class_names=class_names_of(config, data, given),
         autoencoder=data.autoencoder,
         license=given.config.license if given else "",
     )
@@ -260,6 +355,13 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
         return target
     cut = cut_intervals(target, mixture.num_experts, config.interval_policy)
     return replace(target, boundaries=cut.boundaries)
+
+
+def class_names_of(config: TrainConfig, data: Outline, given: RemixDiT | None) -> tuple[str, ...]:
+    """Return the names of the model's classes: the data's, unless these are only numbered."""
+    if given is None or config.new_labels or not are_numbers(data.class_names):
+        return data.class_names
+    return given.config.class_names or data.class_names
 
 
 def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
@@ -278,55 +380,3 @@ def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
     if policy == "uniform":
         return Intervals.continuous(count)
     return Intervals.continuous_by_log_snr(count, process.log_snr)
-
-
-def adapted(network: DiT, shape: DiTConfig, config: TrainConfig) -> DiT:
-    """Return a pre-trained DiT for these data: any input size, and new labels on request."""
-    before = network.config
-    if before.in_channels != shape.in_channels or before.learn_sigma != shape.learn_sigma:
-        raise ValueError(
-            f"init_from must be a model of {shape.in_channels} channels with learn_sigma "
-            f"{shape.learn_sigma}, as the data and the objective need, got "
-            f"{before.in_channels} and {before.learn_sigma}"
-        )
-    if before.num_classes != shape.num_classes and not config.new_labels:
-        raise ValueError(
-            f"init_from must be a model of the data's {shape.num_classes} classes, got "
-            f"{before.num_classes}; --new-labels learns the class embedding afresh"
-        )
-    fresh = DiT(shape, config.seed)
-    weights = network.state_dict()
-    if before.num_classes != shape.num_classes or config.new_labels:
-        weights = {name: v for name, v in weights.items() if not name.startswith("y_embedder")}
-    fresh.load_state_dict(weights, strict=False)
-    return fresh
-
-
-def refuse_other_autoencoder(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Refuse latents of another autoencoder than the one that the model was trained with.
-
-    Only fields that both give are compared: an imported model may know no more than a name, and
-    the same weights may have another name.
-    """
-    for name in sorted((own.keys() & other.keys()) - {"name"}):
-        if own[name] != other[name]:
-            raise ValueError(
-                f"{name} of the data's autoencoder must be that of init_from, {own[name]}, "
-                f"got {other[name]}"
-            )
-    if "digest" in own and "digest" not in other:
-        raise ValueError(f"data must be latents of {own['name']}, as for init_from, got pixels")
-
-
-def refuse_other_mixture(given: RemixConfig, target: RemixConfig) -> None:
-    """Refuse to train a mixture under settings of another."""
-    names = ("num_bases", "num_experts", "mixed", "coefficients", "per_block", "rank")
-    pairs = {
-        name: (getattr(given, name), getattr(target, name))
-        for name in (*names, "boundaries", "prediction_type")
-    }
-    asked_network = asdict(target.network)
-    pairs |= {name: (own, asked_network[name]) for name, own in asdict(given.network).items()}
-    for name, (own, asked) in pairs.items():
-        if own != asked:
-            raise ValueError(f"{name} must be that of init_from, {own}, got {asked}")

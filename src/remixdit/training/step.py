@@ -3,6 +3,7 @@
 Shapes: b images of this process, M experts of a step, I intervals.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,25 +20,40 @@ __all__ = ["Window", "gradients"]
 
 
 class Window:
-    """Sums over the steps since the last line of metrics, kept on the device."""
+    """Sums over the steps since the last line of metrics, kept on the device.
+
+    A step whose gradients are not finite is left out of them.
+    """
 
     def __init__(self, num_intervals: int, device: torch.device) -> None:
         self.losses = torch.zeros(3, num_intervals, device=device)  # total, mse, count
         self.norms = torch.zeros(3, device=device)  # gradients: all, logits by task and by prior
+        self.before = self.losses.clone()  # the losses at the end of the last step
         self.steps = 0
-        self.last_grad_norm = torch.zeros((), device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.image_losses: list[Tensor] = []  # of the present step, (b,) in all
         self.started = time.perf_counter()
 
     def add_losses(self, strata: Tensor, total: Tensor, mse: Tensor) -> None:
         """Add the losses (b,) of images of the intervals `strata` (b,)."""
         rows = torch.stack([total, mse, torch.ones_like(mse)]).detach()
         self.losses.index_add_(1, strata, rows.float())
+        self.image_losses.append(total.detach())
 
-    def add_norms(self, grad_norm: Tensor, task: Tensor, prior: Tensor) -> None:
-        """Add the norms of the gradients of a step."""
-        self.norms += torch.stack([grad_norm, task, prior])
-        self.last_grad_norm = grad_norm
+    def end_step(self, norms: Tensor, good: Tensor) -> list[Tensor]:
+        """End a step; return the losses of its images, those of each micro-batch.
+
+        Args:
+            norms: (3,) norms of the gradients: all, logits by task and by prior.
+            good: Whether the step is taken, a scalar.
+        """
+        self.losses = torch.where(good, self.losses, self.before)
+        self.before = self.losses.clone()
+        self.norms += torch.where(good, norms, 0.0)
+        self.good_steps += good
         self.steps += 1
+        losses, self.image_losses = self.image_losses, []
+        return losses
 
     def means(self, masses: Tensor, batch_size: int) -> dict[str, Any]:
         """Return a line of metrics; only this waits for the device."""
@@ -45,11 +61,10 @@ class Window:
         total, mse, count = self.losses.cpu()
         by_interval, mse_by_interval = total / count, mse / count  # NaN where nothing was drawn
         seen = count > 0
-        share = masses[seen] / masses[seen].sum()
-        norm, task, prior = (self.norms / max(1, self.steps)).tolist()
+        norm, task, prior = (self.norms / self.good_steps).tolist()
         return {
-            "loss": float((by_interval[seen] * share).sum()),
-            "mse": float((mse_by_interval[seen] * share).sum()),
+            "loss": mean_of(by_interval[seen], masses[seen]),
+            "mse": mean_of(mse_by_interval[seen], masses[seen]),
             "loss_by_interval": [
                 float(value) if known else None
                 for value, known in zip(by_interval, seen, strict=True)
@@ -59,6 +74,11 @@ class Window:
             "logits_prior_grad": prior,
             "images_per_second": self.steps * batch_size / (time.perf_counter() - self.started),
         }
+
+
+def mean_of(losses: Tensor, masses: Tensor) -> float:
+    """Return the mean of the losses of intervals by their masses, NaN without any."""
+    return float((losses * (masses / masses.sum())).sum()) if len(losses) else math.nan
 
 
 def gradients(

@@ -1,6 +1,5 @@
 """A run in progress: the model, its optimizer, its average and its data."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +18,15 @@ from remixdit.sampling.sampler import SamplingConfig, sample
 from remixdit.training import checkpoint
 from remixdit.training.average import Average
 from remixdit.training.config import PRECISIONS, TrainConfig
-from remixdit.training.optimizer import adamw, clip, gradients_of_logits, set_learning_rates
+from remixdit.training.optimizer import (
+    adamw,
+    clip,
+    gradients_of_logits,
+    set_learning_rates,
+    step_if,
+)
 from remixdit.training.plan import Inputs, Planner
+from remixdit.training.skipped import MAX_IN_A_ROW, Skipped, bad_positions, refusal
 from remixdit.training.start import Start, training_strata
 from remixdit.training.step import Window, gradients
 
@@ -74,6 +80,7 @@ class Training:
             num_ranks=ranks.num_ranks,
         )
         self.step = 0
+        self.skipped = Skipped(self.device)
         self.window = self._new_window()
 
     def _wrapped(self, network: nn.Module) -> nn.Module:
@@ -102,8 +109,10 @@ class Training:
         """Resume from the newest checkpoint, if there is one."""
         newest = newest_checkpoint(self.config.output_dir)
         if newest is not None:
-            state = checkpoint.restore(newest, self.model, self.optimizer, self.average)
-            self.step, self.checksum = state
+            state, self.checksum = checkpoint.restore(
+                newest, self.model, self.optimizer, self.average
+            )
+            self.step, self.skipped = state.step, Skipped(self.device, state.skipped_steps)
 
     def take_step(self, inputs: Inputs) -> None:
         """Take one optimizer step."""
@@ -119,20 +128,30 @@ class Training:
         weights = [p for p in self.model.network.parameters() if p is not experts.logits]
         norm = clip(weights, experts.logits, config.optimizer.max_grad_norm)
         prior = config.mixture.prior_at(self.step, config.steps)
-        self.window.add_norms(norm, *gradients_of_logits(experts, prior))
+        norms = torch.stack([norm, *gradients_of_logits(experts, prior)])
+        good = norms.isfinite().all()
+        self.last = inputs, self.window.end_step(norms, good)
         set_learning_rates(self.optimizer, config.optimizer.lr_factor(self.step, config.steps))
-        self.optimizer.step()
+        step_if(good, self.optimizer)
         self.optimizer.zero_grad()
-        self.average.update(config.optimizer.ema_weight(self.step))
+        self.average.update(config.optimizer.ema_weight(self.step), good)
+        self.skipped.add(good)
         self.step += 1
+        if good.device.type == "cpu":  # on a GPU, only a line of metrics waits for the device
+            self._refuse_skipping()
+
+    def _refuse_skipping(self) -> None:
+        """Refuse to go on after too many skipped steps in a row."""
+        in_a_row = self.skipped.in_a_row()
+        if in_a_row >= MAX_IN_A_ROW:
+            inputs, losses = self.last
+            places = bad_positions(inputs, losses, self.config.batch_size)
+            images = self.loader.indices(inputs.plan.step, np.array(places, np.int64))
+            raise refusal(self.step, in_a_row, inputs.plan.strata, images.tolist())
 
     def metrics(self) -> dict[str, Any]:
-        """Return a line of metrics, and begin the next.
-
-        Raises:
-            ArithmeticError: Loss and gradient are no longer finite, so the run has diverged. One
-                such step alone is left out.
-        """
+        """Return a line of metrics, means over the steps that were not skipped; begin the next."""
+        self._refuse_skipping()
         config = self.config
         masses = torch.tensor(self.strata.masses)
         row = {
@@ -143,12 +162,8 @@ class Training:
             "learning_rate": config.optimizer.learning_rate
             * config.optimizer.lr_factor(self.step - 1, config.steps),
             "reduced_bytes": self.reduced_bytes(),
+            "skipped_steps": self.skipped.total(),
         }
-        if not (math.isfinite(row["loss"]) or self.window.last_grad_norm.isfinite()):
-            raise ArithmeticError(
-                f"training diverged: the loss is {row['loss']} at step {self.step}; start again "
-                "from an earlier checkpoint with a smaller learning_rate"
-            )
         self.window = self._new_window()
         return row
 
@@ -167,7 +182,7 @@ class Training:
             num_inference_steps=output.sample_inference_steps,
             seed=self.config.seed,
         )
-        autoencoder = load_autoencoder(self.model.config.autoencoder)
+        autoencoder = load_autoencoder(self.model.config.autoencoder, self.device)
         with self.average.swapped_in():
             batches = list(sample(self.model, autoencoder, sampling))
         labels = [int(label) for batch in batches for label in batch.class_labels]

@@ -142,7 +142,7 @@ def _load_inception(weights: str | Path | None, device: torch.device) -> Extract
         return Features(*network((resized - 128) / 128))
 
     # Other weights in this architecture make other scores, so they do not get to be called FID.
-    own = digest.startswith(INCEPTION_DIGEST)
+    own = digest == INCEPTION_DIGEST
     name = "inception" if own else f"inception-{digest[:8]}"
     rule = f"bilinear as in TensorFlow 1, to {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
     return Extractor(name, 2048, rule, digest, device, forward)
@@ -153,6 +153,11 @@ def _download_inception() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_DIGEST, progress=False)
+    if file_digest(path) != INCEPTION_DIGEST:
+        raise ValueError(
+            f"weights of extractor inception must be the published file, got another in {path}: "
+            "remove it to download it again"
+        )
     return path
 
 

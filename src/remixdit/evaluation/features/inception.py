@@ -32,7 +32,8 @@ INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
-INCEPTION_DIGEST = "6726825d"  # the first digits of the SHA-256 of the published file
+# The SHA-256 of the published file.
+INCEPTION_DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 IMAGE_SIZE = 299
 SPATIAL_CHANNELS = 7  # of 192, so that spatial features (7 * 17 * 17) are about as many as pool's
