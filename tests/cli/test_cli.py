@@ -77,17 +77,21 @@ def test_wrong_request_exits_with_2_and_one_line_on_stderr(tmp_path):
     assert re.fullmatch(r"remixdit: error: preset must be one of .*, got 'tinny'.*\n", done.stderr)
 
 
-def test_run_without_a_terminal_is_silent(tmp_path):
+def test_run_without_a_terminal_says_what_is_next_and_nothing_else(tmp_path):
     data = write_npz(tmp_path / "pictures.npz")
     done = in_process_of_its_own(f"train tiny --data {data} --output-dir {tmp_path}/run")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == (
+        f"remixdit: trained 20 steps; the model is {tmp_path}/run/model; to draw images: "
+        f"remixdit sample {tmp_path}/run --output images.png\n"
+    )
 
 
 def test_long_run_without_a_terminal_says_a_line_a_minute(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("remixdit.cli.terminal.LINE_SECONDS", 0)
     data = write_npz(tmp_path / "pictures.npz")
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --experts-per-step 2")
-    last = capsys.readouterr().err.splitlines()[-1]
+    *_, last, _ = capsys.readouterr().err.splitlines()
     number = r"[\d.,]+"
     assert re.fullmatch(
         rf"remixdit: train 20/20, loss {number}, experts \d \d, {number} images/s, 0:00:00 left",
@@ -293,7 +297,7 @@ def test_full_disk_leaves_no_sample(run, tmp_path, capsys):
         message = refusal(sample(run, f"{tmp_path}/out.npz"), capsys, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert message == "cannot read or write: File too large"
+    assert message == f"{tmp_path}/out.npz: File too large"
     assert files_below(tmp_path) == set()
 
 

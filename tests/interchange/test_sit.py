@@ -131,6 +131,6 @@ def test_the_command_imports_a_sit_which_no_format_of_a_dit_takes(tmp_path, caps
     assert (model.num_experts, model.config.network.timestep_embedding) == (3, "sit")
     line = f"sample {tmp_path}/model --output {tmp_path}/out.npz --num-images 1"
     remixdit(f"{line} --num-inference-steps 2")
-    for name in ("dit --expert 0", "experts", "diffusers --expert 0"):
+    for name in ("dit --expert 0", "experts", "diffusers --expert 0", "pipeline"):
         line = f"export {tmp_path}/model --output {tmp_path}/out --format {name}"
         assert refusal(line, capsys).startswith("timestep_embedding must be dit")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from remixdit.interchange import export_diffusers, import_checkpoint
+from remixdit.interchange import export_diffusers, export_pipeline, import_checkpoint
 from remixdit.model import loading
 from remixdit.model.describe import describe
 from remixdit.model.loading import load_model, stated_config
@@ -139,9 +139,16 @@ def test_an_export_for_diffusers_comes_back_as_it_was(kind, tmp_path):
 
 def test_formats_whose_readers_embed_timesteps_otherwise_are_refused(tmp_path, capsys):
     their_dit().save_pretrained(tmp_path / "given")
-    line = f"export {tmp_path}/given --output {tmp_path}/out --format dit"
-    assert refusal(line, capsys).startswith("timestep_embedding must be dit for this format")
-    assert not (tmp_path / "out").exists()
+    for name in ("dit", "experts", "pipeline"):
+        line = f"export {tmp_path}/given --output {tmp_path}/out --format {name}"
+        assert refusal(line, capsys).startswith("timestep_embedding must be dit for this format")
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_pipeline_of_experts_is_not_read_as_a_dit(tmp_path):
+    export_pipeline(RemixDiT.from_dit(tiny_dit(), 2, 3), tmp_path / "out")
+    with pytest.raises(ValueError, match="_class_name must be that of a DiT"):
+        load_model(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

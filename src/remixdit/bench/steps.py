@@ -23,7 +23,7 @@ from remixdit.model.config import noise_process
 from remixdit.seeds import generator_for
 from remixdit.training.config import PRECISIONS, TrainConfig
 from remixdit.training.plan import Inputs, Planner
-from remixdit.training.start import Outline, starting_model, target_config, training_strata
+from remixdit.training.start import Outline, settled, starting_model, target_config, training_strata
 from remixdit.training.trainer import Training, compile_blocks
 
 __all__ = ["Builder", "inputs_of", "naive_step", "our_step", "training_of", "training_variants"]
@@ -67,7 +67,7 @@ def our_step(run: TrainConfig) -> Step:
 
 def naive_step(run: TrainConfig) -> Step:
     """Return a training step of the naive reference, under the settings of a run of ours."""
-    device = distributed.pick_device(run.device)
+    device, run = distributed.pick_device(run.device), settled(run, None)
     model = target_config(run, outline(run), None)
     network = DiT(model.network, run.seed).to(device)
     network.recompute = run.recompute

@@ -6,11 +6,18 @@ import torch
 
 from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
+from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
 from remixdit.model.loading import find_model, load_model
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
 
-__all__ = ["check_precision", "names_model", "newest_weights", "open_model"]
+__all__ = [
+    "check_precision",
+    "names_model",
+    "newest_weights",
+    "open_autoencoder",
+    "open_model",
+]
 
 MODEL_FILES = (
     "config.json",
@@ -62,6 +69,20 @@ def newest_weights(path: str, ema: bool = True) -> str:
     elif found.directory != Path(path):
         say(f"{path}: {kind} of the finished model, as there is no checkpoint")
     return str(found.directory)
+
+
+def open_autoencoder(model: RemixDiT, device: torch.device) -> Autoencoder:
+    """Load the autoencoder that turns a model's latents into images, to a device."""
+    autoencoder = load_autoencoder(model.config.autoencoder)
+    if isinstance(autoencoder, LatentAutoencoder):
+        return autoencoder.to(device)
+    channels = model.config.network.in_channels
+    if channels not in (1, 3):
+        raise ValueError(
+            f"autoencoder must be known for a model of {channels} channels, got none: import it "
+            "again with --autoencoder"
+        )
+    return autoencoder
 
 
 def check_precision(precision: str) -> None:

@@ -26,6 +26,7 @@ COMMANDS = {
     "data": ("data", "check DIR: verify shards, show a contact sheet and the classes"),
     "train": ("train", "train or fine-tune; the same command again resumes"),
     "sample": ("sample", "draw images: a grid, an npz or files"),
+    "demo": ("demo", "a page in the browser: images, experts and coefficients at work"),
     "evaluate": ("evaluate", "score a model or images against real ones"),
     "losses": ("losses", "experts against intervals on held-out images: losses, matrix, bits"),
     "plot": ("plot", "figures of a run: losses, coefficients, gradients"),

@@ -8,9 +8,8 @@ from tyro.conf import Positional
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.checkpoints import newest_weights, open_autoencoder
 from remixdit.cli.terminal import Bar, say
-from remixdit.data.autoencoder import LatentAutoencoder, Pixels, load_autoencoder
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.files import claim, target_of, write_about, write_samples
@@ -70,15 +69,7 @@ def draw(arguments: SampleArguments) -> None:
     config = sampling_config(arguments, model)
     class_labels = labels_of(model, config).tolist()
     model.sample_with(PRECISIONS[arguments.precision], arguments.compile)
-    autoencoder = load_autoencoder(model.config.autoencoder)
-    channels = model.config.network.in_channels
-    if isinstance(autoencoder, Pixels) and channels not in (1, 3):
-        raise ValueError(
-            f"autoencoder must be known for a model of {channels} channels, got none: import it "
-            "again with --autoencoder"
-        )
-    if isinstance(autoencoder, LatentAutoencoder):
-        autoencoder.to(device)
+    autoencoder = open_autoencoder(model, device)
     ranks = distributed.start(device)
     if ranks.num_ranks > 1 and target.kind != "folder":
         raise ValueError(f"output must be a directory for several processes, got {target.path}")

@@ -6,6 +6,8 @@ importing  a published checkpoint => RemixDiT
 sit        the weights of a SiT => those of a DiT of flow matching
 directories  what diffusers saved => RemixDiT
 exporting  RemixDiT => plain DiTs, under the published names or diffusers'
+lora       low-rank RemixDiT => LoRA files for diffusers' DiT
+pipelines  RemixDiT => a pipeline of diffusers, with the code of remix_dit_pipeline
 """
 
 from remixdit.interchange.exporting import (
@@ -21,6 +23,8 @@ from remixdit.interchange.importing import (
     import_checkpoint,
     run_import,
 )
+from remixdit.interchange.lora import export_lora
+from remixdit.interchange.pipelines import export_pipeline
 
 __all__ = [
     "ExportConfig",
@@ -29,6 +33,8 @@ __all__ = [
     "export_diffusers",
     "export_dit",
     "export_experts",
+    "export_lora",
+    "export_pipeline",
     "import_checkpoint",
     "run_export",
     "run_import",

@@ -3,6 +3,8 @@
 dit        one expert, under the published names
 experts    all experts likewise, and which timesteps each owns
 diffusers  one expert as a model directory of diffusers
+pipeline   all experts as a pipeline of diffusers (`pipelines`)
+lora       the experts of low-rank bases as LoRA files (`lora`)
 """
 
 import json
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from remixdit.diffusion.dit import DiT
 from remixdit.files import new_directory, refuse_occupied, save_tensors
-from remixdit.interchange.layout import official_state
+from remixdit.interchange.layout import official_state, require_embedding
+from remixdit.interchange.lora import export_lora
+from remixdit.interchange.pipelines import export_pipeline
 from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig
 from remixdit.model.diffusers_dit import BLOCK_NAMES, FACTS_FILE, OUTER_NAMES
@@ -24,7 +28,8 @@ from remixdit.model.model import RemixDiT
 
 __all__ = ["ExportConfig", "export_diffusers", "export_dit", "export_experts", "run_export"]
 
-FORMATS = ("dit", "diffusers", "experts")
+FORMATS = ("dit", "diffusers", "experts", "pipeline", "lora")
+OF_ONE_EXPERT = ("dit", "diffusers")
 FACTS = ("prediction_type", "num_train_timesteps", "class_names", "autoencoder", "license")
 
 
@@ -37,9 +42,9 @@ class ExportConfig:
     output: Path
     """Directory for the exported files; must be new or empty."""
     format: str = "dit"
-    """dit: one expert, published names; experts: all of them; diffusers: one, for diffusers."""
+    """dit, diffusers: one expert; experts: all, as dit; pipeline, lora: all, for diffusers."""
     expert: int | None = None
-    """Index of the expert, in 0..N-1. Not needed for N = 1 and for the format experts."""
+    """Index of the expert, in 0..N-1, for the formats dit and diffusers. Not needed for N = 1."""
     ema: bool = True
     """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 
@@ -47,8 +52,10 @@ class ExportConfig:
         """Refuse formats and experts that cannot be exported."""
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
-        if self.format == "experts" and self.expert is not None:
-            raise ValueError(f"expert must not be given for format experts, got {self.expert}")
+        if self.format not in OF_ONE_EXPERT and self.expert is not None:
+            raise ValueError(
+                f"expert must not be given for format {self.format}, got {self.expert}"
+            )
 
 
 def run_export(config: ExportConfig) -> None:
@@ -57,6 +64,10 @@ def run_export(config: ExportConfig) -> None:
     model = load_model(config.checkpoint, ema=config.ema)
     if config.format == "experts":
         export_experts(model, config.output)
+    elif config.format == "lora":
+        export_lora(model, config.output)
+    elif config.format == "pipeline":
+        export_pipeline(model, config.output)
     elif config.format == "diffusers":
         export_diffusers(model, config.output, config.expert)
     else:
@@ -147,16 +158,6 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
             add_code(Path(remixdit_transformer.__file__), beside)
         write_facts(model.config, beside / FACTS_FILE)
         (beside / "README.md").write_text(diffusers_card(model.config, index), "utf-8")
-
-
-def require_embedding(config: RemixConfig, *allowed: str) -> None:
-    """Refuse a model whose timesteps other code would embed in another way."""
-    kind = config.network.timestep_embedding
-    if kind not in allowed:
-        raise ValueError(
-            f"timestep_embedding must be {' or '.join(allowed)} for this format, whose readers "
-            f"embed timesteps so, got {kind}"
-        )
 
 
 def add_code(source: Path, directory: Path) -> None:

@@ -27,7 +27,15 @@ from remixdit.diffusion.noise import Diffusion
 from remixdit.model.model import RemixDiT
 from remixdit.seeds import generator_for
 
-__all__ = ["Samples", "SamplingConfig", "sample", "sample_latents", "spaced_timesteps"]
+__all__ = [
+    "DenoisingStep",
+    "Samples",
+    "SamplingConfig",
+    "denoising_steps",
+    "sample",
+    "sample_latents",
+    "spaced_timesteps",
+]
 
 SCHEDULERS = ("auto", "ddpm", "ddim", "dpm++", "euler")
 
@@ -107,6 +115,17 @@ class Trajectory(NamedTuple):
     """(output, number of the step, latents, generator of each image) -> next latents."""
 
 
+class DenoisingStep(NamedTuple):
+    """What one step of a trajectory has made."""
+
+    timestep: float
+    """Timestep that the network was given."""
+    expert: int
+    """Expert that owns it."""
+    latents: Tensor
+    """(B, C, H, W) latents after the step."""
+
+
 def sample(
     model: RemixDiT,
     autoencoder: Autoencoder,
@@ -124,9 +143,18 @@ def sample(
         yield Samples(indices, images, labels[list(indices)].numpy())
 
 
-@torch.no_grad()
 def sample_latents(model: RemixDiT, config: SamplingConfig, indices: Sequence[int]) -> Tensor:
-    """Draw the latents of the images with the given indices: (B, C, H, W) float32.
+    """Draw the latents of the images with the given indices: (B, C, H, W) float32."""
+    for step in denoising_steps(model, config, indices):
+        latents = step.latents
+    return latents
+
+
+@torch.no_grad()
+def denoising_steps(
+    model: RemixDiT, config: SamplingConfig, indices: Sequence[int]
+) -> Iterator[DenoisingStep]:
+    """Draw the images with the given indices, and yield their latents after each of the S steps.
 
     The trajectory falls through the intervals, so it mixes each expert at most once.
     """
@@ -144,7 +172,7 @@ def sample_latents(model: RemixDiT, config: SamplingConfig, indices: Sequence[in
     ):
         output = guided_output(model, config, expert, latents, timestep, labels)
         latents = trajectory.step(output, number, latents, generators)
-    return latents
+        yield DenoisingStep(timestep, expert, latents)
 
 
 def labels_of(model: RemixDiT, config: SamplingConfig) -> Tensor:

@@ -309,6 +309,7 @@ def next_commands(config: QuickstartConfig) -> list[str]:
     run = config.output_dir
     return [
         f"remixdit sample {run}/remixed --num-images 100 --guidance-scale 2.5 --output digits.png",
+        f"remixdit demo {run}/remixed --against {run}/pretrained",
         f"remixdit info {run}/remixed",
         f"remixdit plot {run}/remixed",
         f"remixdit train tiny --data {run}/data/train --from {run}/pretrained --output-dir mine "

@@ -1,0 +1,1 @@
+"""A page that shows a model at work: images while they denoise, and the experts that draw them."""
