@@ -112,6 +112,10 @@ class Writer:
                 remove(final)
             beside.rename(final)
             sync(final.parent)
+        except OSError as error:
+            if str(beside) in str(error.filename):
+                error.filename = str(final)  # the name that the user knows
+            raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         self.saved = step
