@@ -3,14 +3,12 @@
 import argparse
 import json
 import pickle
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from remixdit.cli.main import main
 from remixdit.diffusion.dit import DiT
 from remixdit.files import new_directory
 from remixdit.interchange import (
@@ -417,27 +415,6 @@ def test_what_a_model_states_survives_export_and_import(prediction_type, tmp_pat
     back = import_checkpoint(export_dit(model, tmp_path / "out")).config
     assert {name: getattr(back, name) for name in facts} == facts
     assert back == model.config
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "told"),
-    [
-        ("SiT-XL-2-256x256.pt", {}, "SiT-XL-2-256x256.pt"),
-        ("0400000.pt", {"model": "SiT-B/2"}, "SiT-B/2"),
-        ("0400000.pt", {"model": "mine", "prediction": "velocity"}, "prediction velocity"),
-        ("0400000.pt", {"path_type": "Linear", "prediction": "noise"}, "prediction noise"),
-    ],
-)
-@pytest.mark.parametrize("kind", [argparse.Namespace, dict])
-def test_a_sit_is_refused_by_its_name_or_its_arguments(kind, name, arguments, told, tmp_path):
-    weights = published(tiny_dit())
-    content = {"ema": weights, "model": weights, "args": kind(lr=1e-4, **arguments)}
-    torch.save(content if arguments else weights, tmp_path / name)
-    line = f"import {tmp_path / name} --output {tmp_path}/out --num-heads 2 --license mit"
-    assert main(line.split()) == 2
-    with pytest.raises(ValueError, match=re.escape(f"got a SiT ({told}) in {tmp_path / name}")):
-        import_checkpoint(tmp_path / name, num_heads=2, **MIT)
-    assert not (tmp_path / "out").exists()
 
 
 def test_exported_experts_say_who_owns_which_timesteps(tmp_path):

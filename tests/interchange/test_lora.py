@@ -52,3 +52,11 @@ def test_whole_bases_are_refused_as_lora(tmp_path):
     with pytest.raises(ValueError, match="rank must be at least 1 for format lora, got 0"):
         export_lora(RemixDiT.from_dit(tiny_dit(), 2, 4), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_timesteps_of_a_sit_are_refused_as_lora(tmp_path):
+    network = tiny_dit(learn_sigma=False, timestep_embedding="sit")
+    model = RemixDiT.from_dit(network, 2, 4, rank=1, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="timestep_embedding must be dit or diffusers"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

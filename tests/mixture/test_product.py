@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from remixdit.mixture.product import mix
+from remixdit.mixture.remix import remix
+from tests.tiny import batch, perturb, tiny_dit
 
 
 def test_float32_weights_are_the_weighted_sum():
@@ -24,3 +26,19 @@ def test_narrow_weights_are_as_near_as_their_dtype_allows(dtype):
     errors = (found - weight) / weight
     assert errors.abs().max() < 2 * torch.finfo(dtype).eps
     assert errors.mean((1, 2)).abs().max() < 0.1 * torch.finfo(dtype).eps
+
+
+def test_frozen_bases_get_no_gradients_and_change_those_of_the_coefficients_by_nothing():
+    grads = []
+    for frozen in (False, True):
+        network = tiny_dit()
+        experts = remix(network, 3, 5, mixed="all")
+        perturb(experts)
+        for bases in experts.bases().values():
+            bases.requires_grad_(not frozen)
+        with experts.route([0, 1, 2, 3, 4, 4]):
+            network(*batch(network)).square().mean().backward()
+        grads.append(experts.logits.grad)
+        assert all((bases.grad is None) == frozen for bases in experts.bases().values())
+    assert torch.equal(*grads)
+    assert grads[0].abs().sum() > 0

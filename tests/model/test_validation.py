@@ -128,6 +128,14 @@ def test_a_configuration_is_refused_in_one_sentence(path, value, sentence, model
     assert sentence in str(caught.value)
 
 
+def test_a_network_of_an_earlier_version_embeds_timesteps_as_a_dit(model):
+    values = json.loads((model / "config.json").read_text())
+    earlier = RemixConfig.from_json(changed(values, "network.timestep_embedding", ...))
+    assert earlier == read_config(model)
+    with pytest.raises(ValueError, match="timestep_embedding must be one of dit, diffusers, sit"):
+        RemixConfig.from_json(changed(values, "network.timestep_embedding", "cosine"))
+
+
 def test_every_command_refuses_the_same(model, data, tmp_path, capsys):
     directory = tmp_path / "model"
     shutil.copytree(model, directory)

@@ -19,7 +19,13 @@ __all__ = [
     "open_model",
 ]
 
-MODEL_FILES = ("config.json", "model.safetensors", "state.json", "metrics.jsonl")
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "state.json",
+    "metrics.jsonl",
+    "model_index.json",
+)
 
 
 def names_model(path: str) -> bool:

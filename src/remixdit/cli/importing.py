@@ -18,7 +18,7 @@ class ImportArguments(ImportConfig):
     """Import a published checkpoint of DiT or Remix-DiT as a model directory."""
 
     source: Positional[Path]
-    """A .pt or .safetensors file with the published parameter names."""
+    """A .pt or .safetensors file with the published names, or a directory of diffusers."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -3,7 +3,8 @@
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Annotated, Any
 
 import tyro
@@ -14,7 +15,7 @@ from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.signals import TEMPORARY, stopped_by_signals
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.loading import newest_checkpoint, steps_done
-from remixdit.training.config import TrainConfig
+from remixdit.training.config import MixtureConfig, TrainConfig
 from remixdit.training.loop import train
 from remixdit.training.presets import PRESETS, check_start, preset
 from remixdit.training.stopping import Stop
@@ -35,7 +36,7 @@ class TrainArguments(TrainConfig):
     """Train or fine-tune; the same command again resumes."""
 
     init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Model to start from: a plain DiT to remix, or a mixture to train further."""
+    """Model to start from: a plain DiT to remix, a mixture, or several DiTs that become bases."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -52,11 +53,19 @@ def run(args: Sequence[str]) -> None:
     if not name or name.startswith("-"):
         raise ValueError(f"preset must come first, one of {', '.join(PRESETS)}, got {name!r}")
     settings: dict[str, Any] = dict(preset(name).settings)
+    rest, num_bases = one_name_each(rest)
+    if num_bases > 1:  # the networks are the bases, and differ in every parameter
+        mixture = settings.get("mixture", MixtureConfig())
+        num_experts = max(num_bases, mixture.num_experts)
+        settings["mixture"] = replace(
+            mixture, num_bases=num_bases, num_experts=num_experts, mixed="all"
+        )
     default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
     config = base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
     check_start(name, config.init_from)
     if config.init_from and newest_checkpoint(config.output_dir) is None:
-        newest_weights(config.init_from)  # says which step the run starts from
+        for given in (config.init_from, *config.further_bases):
+            newest_weights(given)  # says which step the run starts from
     stop = Stop()
     try:
         with stopped_by_signals(stop):
@@ -67,6 +76,17 @@ def run(args: Sequence[str]) -> None:
         distributed.stop()
     if stop.reason and not is_finished(config):
         end_early(config, stop, ["remixdit", "train", *args])
+
+
+def one_name_each(words: Sequence[str]) -> tuple[list[str], int]:
+    """Return `--from A B C` as `--from A --further-bases B C`, and the number of its names."""
+    if "--from" not in words:
+        return list(words), 0
+    start = list(words).index("--from") + 1
+    names = list(takewhile(lambda word: not word.startswith("-"), words[start:]))
+    rest = list(words[start + len(names) :])
+    further = ["--further-bases", *names[1:]] if len(names) > 1 else []
+    return [*words[:start], *names[:1], *further, *rest], len(names)
 
 
 def show(config: TrainConfig, stop: Stop) -> None:

@@ -21,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from remixdit.seeds import generator_for
 
-__all__ = ["SIZES", "DiT", "DiTConfig"]
+__all__ = ["SIZES", "TIMESTEP_EMBEDDINGS", "DiT", "DiTConfig"]
 
 # name: (depth, hidden_size, num_heads), table 1 of arXiv:2212.09748
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding of a timestep
+TIMESTEP_EMBEDDINGS = ("dit", "diffusers", "sit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class DiTConfig:
     """Number of classes; 0 for an unconditional network. The null label is num_classes."""
     learn_sigma: bool = True
     """Predict the variance beside the mean, with twice the output channels."""
+    timestep_embedding: str = "dit"
+    """Embedding of a timestep: dit, diffusers (other frequencies) or sit (times of a SiT)."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
@@ -64,6 +67,11 @@ class DiTConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.timestep_embedding not in TIMESTEP_EMBEDDINGS:
+            raise ValueError(
+                f"timestep_embedding must be one of {', '.join(TIMESTEP_EMBEDDINGS)}, "
+                f"got {self.timestep_embedding!r}"
+            )
         if not self.hidden_size * self.mlp_ratio >= 1:  # so that NaN fails too
             raise ValueError(f"mlp_ratio must give a hidden layer, got {self.mlp_ratio}")
         if self.num_classes < 0:
@@ -129,7 +137,7 @@ class DiT(nn.Module):
         self.recompute = False
         width = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, width, config.patch_size)
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, config.timestep_embedding)
         if config.num_classes:
             self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.blocks = nn.ModuleList(
@@ -266,16 +274,27 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of the timestep, then an MLP."""
+    """Sinusoids of the timestep, then an MLP.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: Width of the result.
+        kind: "dit" for the frequencies of arXiv:2212.09748; "diffusers" for those of its
+            `DiTTransformer2DModel`; "sit" for those of a DiT, but of the time 1 - timestep / 1000
+            (arXiv:2401.08740, as it is trained).
+    """
+
+    def __init__(self, width: int, kind: str = "dit") -> None:
         super().__init__()
+        self.kind = kind
         first = nn.Linear(FREQUENCY_SIZE, width)
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed: (B,) => (B, D)."""
-        frequencies = timestep_frequencies(timesteps, FREQUENCY_SIZE)
+        if self.kind == "sit":
+            timesteps = 1 - timesteps / 1000
+        shift = 1 if self.kind == "diffusers" else 0
+        frequencies = timestep_frequencies(timesteps, FREQUENCY_SIZE, shift)
         dtype = next(self.mlp.parameters()).dtype
         return self.mlp(frequencies.to(dtype))
 
@@ -312,19 +331,20 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return tokens * (1 + scale) + shift
 
 
-def timestep_frequencies(timesteps: Tensor, size: int) -> Tensor:
+def timestep_frequencies(timesteps: Tensor, size: int, shift: int = 0) -> Tensor:
     """Return cosines, then sines, of the timesteps at `size / 2` periods from 2 pi to 2e4 pi.
 
     Args:
         timesteps: (B,) integers or floats.
         size: Number of features, even.
+        shift: Frequency i is 10000^(-i / (size / 2 - shift)).
 
     Returns:
         (B, size) float32: a bfloat16 could not tell timestep 999 from 1000.
     """
     half = size // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * steps / (half - shift))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

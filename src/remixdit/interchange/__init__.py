@@ -3,6 +3,8 @@
 files      reading and writing: a foreign file never runs code, an output is whole or not there
 layout     the published names and shapes of DiT and Remix-DiT
 importing  a published checkpoint => RemixDiT
+sit        the weights of a SiT => those of a DiT of flow matching
+directories  what diffusers saved => RemixDiT
 exporting  RemixDiT => plain DiTs, under the published names or diffusers'
 lora       low-rank RemixDiT => LoRA files for diffusers' DiT
 pipelines  RemixDiT => a pipeline of diffusers, with the code of remix_dit_pipeline

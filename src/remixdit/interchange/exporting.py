@@ -17,12 +17,12 @@ from torch import Tensor
 
 from remixdit.diffusion.dit import DiT
 from remixdit.files import new_directory, refuse_occupied, save_tensors
-from remixdit.interchange.layout import official_state
+from remixdit.interchange.layout import official_state, require_embedding
 from remixdit.interchange.lora import export_lora
-from remixdit.interchange.names import BLOCK_NAMES, OUTER_NAMES
 from remixdit.interchange.pipelines import export_pipeline
 from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig
+from remixdit.model.diffusers_dit import BLOCK_NAMES, FACTS_FILE, OUTER_NAMES
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 
@@ -30,6 +30,7 @@ __all__ = ["ExportConfig", "export_diffusers", "export_dit", "export_experts", "
 
 FORMATS = ("dit", "diffusers", "experts", "pipeline", "lora")
 OF_ONE_EXPERT = ("dit", "diffusers")
+FACTS = ("prediction_type", "num_train_timesteps", "class_names", "autoencoder", "license")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ def export_dit(model: RemixDiT, directory: str | Path, expert: int | None = None
         The file. `import_checkpoint` reads it back.
     """
     index = chosen_expert(model, expert)
+    require_embedding(model.config, "dit")
     with new_directory(Path(directory)) as beside:
         write_dit(model, index, beside / "dit.safetensors")
     return Path(directory) / "dit.safetensors"
@@ -97,6 +99,7 @@ def export_experts(model: RemixDiT, directory: str | Path) -> None:
         model: Any.
         directory: New or empty.
     """
+    require_embedding(model.config, "dit")
     bounds, names = (
         model.intervals.boundaries,
         [f"expert-{n:03d}" for n in range(model.num_experts)],
@@ -105,13 +108,12 @@ def export_experts(model: RemixDiT, directory: str | Path) -> None:
         {"file": f"{name}.safetensors", "begin": bounds[n], "end": bounds[n + 1]}
         for n, name in enumerate(names)
     ]
-    fields = ("prediction_type", "num_train_timesteps", "class_names", "autoencoder", "license")
     settings = asdict(model.config)
     index = {
         "format_version": 1,
         "experts": experts,  # expert n owns begin <= timestep < end
         "network": settings["network"],
-        **{name: settings[name] for name in fields},
+        **{name: settings[name] for name in FACTS},
     }
     with new_directory(Path(directory)) as beside:
         for number, name in enumerate(names):
@@ -126,13 +128,16 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
     It loads with `remixdit.interchange.remixdit_transformer.RemixExpertTransformer`, or with
     diffusers alone: `AutoModel.from_pretrained(directory, trust_remote_code=True)` runs the copy
     of that file. diffusers' own `DiTTransformer2DModel` loads it too, but embeds timesteps in
-    another way than any DiT is trained with, so its output is only near.
+    another way than any DiT is trained with, so its output is only near. A model that came from
+    diffusers goes back as that class, without code. `load_model` reads both.
 
     Args:
         model: A model with classes and an `mlp_ratio` of 4: diffusers has no other DiT.
         directory: New or empty.
         expert: In [0, N); not needed for N = 1.
     """
+    from diffusers import DiTTransformer2DModel
+
     from remixdit.interchange import remixdit_transformer
 
     index, network = chosen_expert(model, expert), model.config.network
@@ -140,19 +145,34 @@ def export_diffusers(model: RemixDiT, directory: str | Path, expert: int | None 
         raise ValueError("num_classes must be at least 1 for diffusers, got 0")
     if network.mlp_ratio != 4:
         raise ValueError(f"mlp_ratio must be 4 for diffusers, got {network.mlp_ratio}")
-    plain = model.expert(index)
-    converted = remixdit_transformer.RemixExpertTransformer(**diffusers_config(plain))
+    require_embedding(model.config, "dit", "diffusers")
+    plain, stock = model.expert(index), network.timestep_embedding == "diffusers"
+    kind = DiTTransformer2DModel if stock else remixdit_transformer.RemixExpertTransformer
+    converted = kind(**diffusers_config(plain))
     converted.load_state_dict(diffusers_state(plain))
     with new_directory(Path(directory)) as beside:
         converted.save_pretrained(beside)
         for weights in beside.glob("*.safetensors"):  # written for their owner alone
             shutil.copymode(beside / "config.json", weights)
-        source = Path(remixdit_transformer.__file__)
-        shutil.copyfile(source, beside / source.name)
-        config = json.loads((beside / "config.json").read_text("utf-8"))
-        config["auto_map"] = {"AutoModel": f"{source.stem}.RemixExpertTransformer"}
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        if not stock:
+            add_code(Path(remixdit_transformer.__file__), beside)
+        write_facts(model.config, beside / FACTS_FILE)
         (beside / "README.md").write_text(diffusers_card(model.config, index), "utf-8")
+
+
+def add_code(source: Path, directory: Path) -> None:
+    """Copy the class of an exported network beside its weights, and let diffusers find it."""
+    shutil.copyfile(source, directory / source.name)
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    config["auto_map"] = {"AutoModel": f"{source.stem}.RemixExpertTransformer"}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def write_facts(config: RemixConfig, path: Path) -> None:
+    """Write what diffusers' configuration of a network cannot say, for a later import."""
+    settings = asdict(config)
+    facts = {name: settings[name] for name in FACTS}
+    path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def chosen_expert(model: RemixDiT, expert: int | None) -> int:
@@ -227,13 +247,22 @@ def diffusers_card(config: RemixConfig, expert: int) -> str:
     """Return the README.md of an exported directory."""
     assert config.boundaries is not None
     begin, end = config.boundaries[expert : expert + 2]
+    usage = STOCK_USAGE if config.network.timestep_embedding == "diffusers" else CODE_USAGE
     return (
         f"---\nlibrary_name: diffusers\n{license_lines(config.license)}---\n\n"
         f"# Expert {expert} of {config.num_experts}, for timesteps {begin} to {end}\n\n"
-        f"{config.prediction_type}; the null label is {config.network.num_classes}.\n\n"
-        "```python\nfrom diffusers import AutoModel\n\n"
-        'model = AutoModel.from_pretrained("this directory", trust_remote_code=True)\n```\n\n'
-        "The code that is trusted is `remixdit_transformer.py` in this directory: diffusers' class "
-        "with the timestep frequencies of the original DiT. `DiTTransformer2DModel` loads these "
-        "weights as well, but its frequencies differ, and so do its outputs.\n"
+        f"{config.prediction_type}; the null label is {config.network.num_classes}.\n\n{usage}"
     )
+
+
+CODE_USAGE = (
+    "```python\nfrom diffusers import AutoModel\n\n"
+    'model = AutoModel.from_pretrained("this directory", trust_remote_code=True)\n```\n\n'
+    "The code that is trusted is `remixdit_transformer.py` in this directory: diffusers' class "
+    "with the timestep frequencies of the original DiT. `DiTTransformer2DModel` loads these "
+    "weights as well, but its frequencies differ, and so do its outputs.\n"
+)
+STOCK_USAGE = (
+    "```python\nfrom diffusers import DiTTransformer2DModel\n\n"
+    'model = DiTTransformer2DModel.from_pretrained("this directory")\n```\n'
+)

@@ -2,9 +2,8 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from remixdit.data.autoencoder import stored_name
 from remixdit.files import new_directory, refuse_occupied
+from remixdit.interchange.directories import as_asked, names_directory, open_directory
 from remixdit.interchange.files import read_tensors
 from remixdit.interchange.layout import (
     LOGITS,
@@ -21,6 +21,7 @@ from remixdit.interchange.layout import (
     mixed_in,
     without_prefix,
 )
+from remixdit.interchange.sit import as_flow, is_sit, is_stated_sit, refuse_other_path
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 
@@ -28,7 +29,6 @@ __all__ = ["ImportConfig", "ImportOptions", "import_checkpoint", "run_import"]
 
 logger = logging.getLogger(__name__)
 
-SIT = re.compile(r"(?<![A-Za-z])SiT(?![a-z])")  # SiT-XL-2-256x256.pt, SiT-B/2
 PUBLISHED_LICENSE = "cc-by-nc-4.0"  # of the released weights of DiT and of Remix-DiT
 
 
@@ -48,6 +48,8 @@ class ImportOptions:
     """Names of the classes, in the order of their labels."""
     autoencoder: str = "none"
     """Autoencoder of the latents: none, an id on the Hugging Face Hub, or a directory."""
+    timestep_embedding: str | None = None
+    """Embedding of timesteps: dit, diffusers or sit (the file is a SiT); by default as found."""
     license: str | None = None
     """Licence of the weights. By default cc-by-nc-4.0, as released, with a warning."""
     ema: bool = True
@@ -69,7 +71,7 @@ class ImportConfig(ImportOptions):
     """A checkpoint to import."""
 
     source: Path
-    """A .pt or .safetensors file of a DiT or a Remix-DiT, with the published parameter names."""
+    """A .pt or .safetensors file with the published names, or a directory of diffusers."""
     output: Path
     """Directory for the model; must be new or empty."""
 
@@ -93,7 +95,8 @@ def import_checkpoint(path: str | Path, **options: Any) -> RemixDiT:
 
     Args:
         path: A file of `torch.save` (a state dict, alone or under `ema` or `model`) or
-            `.safetensors`.
+            `.safetensors`; a `DiTTransformer2DModel` or a `DiTPipeline` that diffusers saved, or
+            one on the hub.
         options: Fields of `ImportOptions`.
 
     Raises:
@@ -103,21 +106,30 @@ def import_checkpoint(path: str | Path, **options: Any) -> RemixDiT:
 
 
 def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
-    """Return the model of a published checkpoint."""
+    """Return the model of a published checkpoint, or of a directory that diffusers saved."""
+    if names_directory(path):
+        given = open_directory(path)
+        stated = {"license": given.config.license}
+        return as_asked(given, options, weights_license(options, stated, path))
     state, metadata = read_tensors(path, options.ema)
-    refuse_other_time(path, metadata)
     state = without_prefix(state)
+    kind = options.timestep_embedding or embedding_in(path, state, metadata)
+    prediction_type = metadata.get("prediction_type", "epsilon")
+    if kind == "sit":
+        refuse_other_path(metadata)
+        state, prediction_type = as_flow(state), "flow_prediction"
     num_heads = options.num_heads
     if num_heads is None:
         num_heads = stated_number(metadata, "num_heads")  # of one of our own exports
     network = infer_config(state, num_heads, options.input_size)
     check_shapes(state, network)
+    network = replace(network, timestep_embedding=kind)
     num_bases, num_experts = mixture_counts(state, options)
     config = RemixConfig(
         network=network,
         num_bases=num_bases,
         num_experts=num_experts,
-        prediction_type=metadata.get("prediction_type", "epsilon"),
+        prediction_type=prediction_type,
         num_train_timesteps=stated_number(metadata, "num_train_timesteps") or 1000,
         class_names=options.class_names
         or tuple(map(str, stated_json(metadata, "class_names", []))),
@@ -130,24 +142,11 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
     return RemixDiT(config, load_network(weights, network)).eval()
 
 
-def refuse_other_time(path: Path, stated: Mapping[str, str]) -> None:
-    """Refuse a SiT: its weights have the names and shapes of a DiT's, but not their meaning.
-
-    A bare state dict says so by nothing but the name of its file.
-    """
+def embedding_in(path: Path, state: Mapping[str, Tensor], stated: Mapping[str, str]) -> str:
+    """Return the embedding of timesteps in a file: that of a SiT, if it is one, else a DiT's."""
     if "boundaries" in stated:  # one of our own exports
-        return
-    prediction = stated.get("prediction", "noise")
-    if "path_type" not in stated and prediction == "noise":
-        named = [name for name in (path.name, stated.get("model", "")) if SIT.search(name)]
-    else:
-        named = [f"prediction {prediction}"]
-    if named:
-        raise ValueError(
-            f"checkpoint must be a DiT that predicts the noise, got a SiT ({named[0]}) in {path}: "
-            "it predicts a velocity, its time runs from noise to data and is embedded in another "
-            "way, so its weights cannot be converted"
-        )
+        return "dit"
+    return "sit" if is_sit(state) or is_stated_sit(path.name, stated) else "dit"
 
 
 def stated_number(stated: Mapping[str, str], name: str) -> int | None:

@@ -17,14 +17,17 @@ from torch import Tensor
 
 from remixdit.diffusion.dit import SIZES, DiT, DiTConfig, sincos_positions
 from remixdit.mixture.names import matches, patterns_of
+from remixdit.model.config import RemixConfig
 
 __all__ = [
     "LOGITS",
+    "PATCHES",
     "check_shapes",
     "infer_config",
     "load_network",
     "mixed_in",
     "official_state",
+    "require_embedding",
     "without_prefix",
 ]
 
@@ -193,3 +196,13 @@ def some(names: Iterable[str], limit: int = 4) -> str:
 def official_state(network: DiT) -> State:
     """Return the weights of a network under the published names, with `pos_embed`."""
     return {**network.state_dict(), "pos_embed": network.pos_embed}
+
+
+def require_embedding(config: RemixConfig, *allowed: str) -> None:
+    """Refuse a model whose timesteps other code would embed in another way."""
+    kind = config.network.timestep_embedding
+    if kind not in allowed:
+        raise ValueError(
+            f"timestep_embedding must be {' or '.join(allowed)} for this format, whose readers "
+            f"embed timesteps so, got {kind}"
+        )

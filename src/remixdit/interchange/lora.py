@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from remixdit.files import new_directory, save_tensors
-from remixdit.interchange.names import BLOCK_NAMES, OUTER_NAMES
+from remixdit.interchange.layout import require_embedding
 from remixdit.mixture.low_rank import LowRankLinear
+from remixdit.model.diffusers_dit import BLOCK_NAMES, OUTER_NAMES
 from remixdit.model.model import RemixDiT
 
 __all__ = ["export_lora"]
@@ -29,6 +30,7 @@ def export_lora(model: RemixDiT, directory: str | Path) -> None:
     """
     if not model.config.rank:
         raise ValueError("rank must be at least 1 for format lora, got 0: the bases are whole")
+    require_embedding(model.config, "dit", "diffusers")
     rank, bounds = model.num_bases * model.config.rank, model.intervals.boundaries
     entries = []
     with new_directory(Path(directory)) as beside:

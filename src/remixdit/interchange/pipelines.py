@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remixdit.data.autoencoder import LatentAutoencoder, load_autoencoder
 from remixdit.files import file_digest, new_directory
+from remixdit.interchange.layout import require_embedding
 from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
@@ -28,6 +29,7 @@ def export_pipeline(model: RemixDiT, directory: str | Path) -> None:
     """
     from remixdit.interchange import remix_dit_pipeline
 
+    require_embedding(model.config, "dit")
     autoencoder = load_autoencoder(model.config.autoencoder)
     if not isinstance(autoencoder, LatentAutoencoder) and model.config.network.in_channels not in (
         1,
@@ -61,6 +63,7 @@ def export_pipeline(model: RemixDiT, directory: str | Path) -> None:
 def model_arguments(model: RemixDiT) -> dict[str, Any]:
     """Return the arguments of the pipeline's network."""
     network = asdict(model.config.network)
+    del network["timestep_embedding"]  # the pipeline's network has that of a DiT alone
     tables = model.experts.coefficients()
     mixed = {}
     for layer, names in model.experts.mixed.items():

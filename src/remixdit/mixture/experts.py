@@ -197,7 +197,6 @@ class Experts(nn.Module):
         """Return the names of the mixed parameters, all names of tied ones."""
         return {f"{layer}.{name}" for layer, names in self.mixed.items() for name in names}
 
-    @torch.no_grad()
     def plain(self, expert: int) -> nn.Module:
         """Return an expert as a plain network of the original classes, without a mixture.
 
@@ -206,7 +205,15 @@ class Experts(nn.Module):
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
-        rows = self.coefficients(expert)
+        return self.combined(self.coefficients(expert))
+
+    @torch.no_grad()
+    def combined(self, rows: Tensor) -> nn.Module:
+        """Return the plain network of any coefficients, which need not be an expert's.
+
+        Args:
+            rows: (L, K) coefficients.
+        """
         tied: dict[int, nn.Parameter] = {}
         nobody = nn.Identity()
         memo: dict[int, Any] = {id(self): nobody}

@@ -72,11 +72,13 @@ class MixedProduct(torch.autograd.Function):
             input_grads = times(grads, mix(bases, coefficients, inputs.dtype), ctx.spans)
         pairs = zip(grouped(grads, ctx.spans), grouped(inputs, ctx.spans), strict=True)
         weight_grads = together([torch.bmm(g.transpose(1, 2), x) for (g, _), (x, _) in pairs])
-        basis_grads, coefficient_grads = folded(weight_grads, bases, coefficients)
+        learns = ctx.needs_input_grad[1]
+        basis_grads, coefficient_grads = folded(weight_grads, bases, coefficients, learns)
         bias_grads = None
         if biases is not None:
             sums = together([g.sum(1) for g, _ in grouped(grads, ctx.spans)]).to(biases.dtype)
-            bias_grads = coefficients.t() @ sums
+            if ctx.needs_input_grad[2]:
+                bias_grads = coefficients.t() @ sums
             coefficient_grads = coefficient_grads + sums @ biases.t()
         return input_grads, basis_grads, bias_grads, coefficient_grads, None
 
@@ -120,7 +122,12 @@ def mix(bases: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     return (torch.cat([high, low], 1) @ torch.cat([flat, flat])).view(shape)
 
 
-def folded(weight_grads: Tensor, bases: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the bases, (K, *), and of the coefficients, (M, K)."""
+def folded(
+    weight_grads: Tensor, bases: Tensor, coefficients: Tensor, learns: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of the bases, (K, *), if they learn, and of the coefficients, (M, K)."""
     grads = weight_grads.flatten(1).to(bases.dtype)
-    return (coefficients.t() @ grads).view_as(bases), grads @ bases.flatten(1).t()
+    coefficient_grads = grads @ bases.flatten(1).t()
+    if not learns:  # K matrices that nothing would read
+        return None, coefficient_grads
+    return (coefficients.t() @ grads).view_as(bases), coefficient_grads

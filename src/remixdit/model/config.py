@@ -20,6 +20,8 @@ REQUIRED = {
     *("network", "num_bases", "num_experts", "mixed", "coefficients", "boundaries"),
     *("prediction_type", "num_train_timesteps"),
 }
+# Fields of a network that earlier versions did not write; their defaults are what these computed.
+LATER = {"timestep_embedding"}
 # What nobody trains; it keeps a forged file from taking the memory or hours.
 LARGEST = {
     **{"input_size": 2**14, "patch_size": 2**14, "in_channels": 2**14, "hidden_size": 2**16},
@@ -127,7 +129,7 @@ class RemixConfig:
             raise ValueError(f"format_version must be {FORMAT_VERSION}, got {shown(version)}")
         check_fields(cls, values, "config.json", required=REQUIRED, largest=LARGEST)
         network = values["network"]
-        every = {item.name for item in fields(DiTConfig)}
+        every = {item.name for item in fields(DiTConfig)} - LATER
         check_fields(DiTConfig, network, "network", required=every, largest=LARGEST)
         values["network"] = DiTConfig(**network)
         for name in ("boundaries", "class_names", "mixed"):

@@ -1,6 +1,7 @@
 """Facts about a model: sizes, intervals, coefficients and cost, without loading its bases."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from remixdit.diffusion.costs import forward_flops, training_flops
-from remixdit.model.config import RemixConfig, read_config
-from remixdit.model.loading import Found, damage_named, find_model
-from remixdit.model.model import download
+from remixdit.model.config import RemixConfig
+from remixdit.model.diffusers_dit import load_diffusers
+from remixdit.model.loading import DIFFUSERS, Found, damage_named, located, model_config
 
 __all__ = ["describe"]
 
@@ -22,26 +23,37 @@ def describe(path: str | Path, *, ema: bool = True) -> dict[str, Any]:
         path: A model directory, a checkpoint, a run, or a model of the Hugging Face hub.
         ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
     """
-    found = find_model(Path(path), ema) or find_model(download(str(path)), ema)
-    if found is None:
-        raise ValueError(f"model must hold a model.safetensors, got {path}")
+    found = located(path, ema)
     with damage_named(found.directory):
         return facts_of(found)
 
 
 def facts_of(found: Found) -> dict[str, Any]:
     """Return the facts in the files of a model."""
-    config = read_config(found.directory)
-    weights = found.directory / found.weights
+    config, weights = model_config(found.directory), found.directory / found.weights
     return {
         "weights": str(weights),
         "step": found.step,
         **config.to_json(),
         "coefficient_kind": config.coefficients,
-        "coefficients": coefficients_in(weights, config),
-        "parameters": count_parameters(weights, config.num_bases),
+        **tables_of(found, config),
         "forward_flops_per_image": forward_flops(config.network),
         "training_flops_per_image": training_flops(config.network),
+    }
+
+
+def tables_of(found: Found, config: RemixConfig) -> dict[str, Any]:
+    """Return the coefficients and the numbers of parameters."""
+    if found.weights == DIFFUSERS:  # one expert
+        weights = load_diffusers(found.directory).weights()
+        shapes = {name: tuple(values.shape) for name, values in weights.items()}
+        return {"coefficients": [[1.0]], "parameters": count_parameters(shapes, 1)}
+    path = found.directory / found.weights
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {
+        "coefficients": coefficients_in(path, config),
+        "parameters": count_parameters(shapes, config.num_bases),
     }
 
 
@@ -58,10 +70,8 @@ def coefficients_in(weights: Path, config: RemixConfig) -> Any:
     return (logits.softmax(-1) if config.coefficients == "softmax" else logits).tolist()
 
 
-def count_parameters(weights: Path, num_bases: int) -> dict[str, int]:
+def count_parameters(shapes: Mapping[str, Sequence[int]], num_bases: int) -> dict[str, int]:
     """Return the numbers of parameters: in one network, in all, and in the bases alone."""
-    with safe_open(weights, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     bases = sum(count for name, count in counts.items() if name.startswith("bases."))
     total = sum(counts.values())

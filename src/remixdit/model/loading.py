@@ -10,21 +10,26 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from remixdit.model.config import RemixConfig, read_config
+from remixdit.model.diffusers_dit import diffusers_config, is_diffusers, load_diffusers
 from remixdit.model.model import RemixDiT, download
 from remixdit.model.state import STATE_FILE, check_whole, read_state
 from remixdit.model.validation import brief
 
 __all__ = [
+    "DIFFUSERS",
     "Found",
     "checkpoints",
     "damage_named",
     "find_model",
     "load_model",
+    "located",
     "model_config",
     "newest_checkpoint",
     "stated_config",
     "steps_done",
 ]
+
+DIFFUSERS = ""  # in place of a file's name: diffusers may have cut the weights into several
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,14 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
 
     Args:
         path: A model directory, a checkpoint, a run (its newest checkpoint, else its finished
-            model), or a model of the Hugging Face hub.
+            model), a DiT or a pipeline that diffusers saved, or a model of the Hugging Face hub.
         ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
         device: Device of the weights.
     """
-    found = find_model(Path(path), ema)
-    if found is None:
-        return RemixDiT.from_pretrained(path, device)
+    found = located(path, ema)
     with damage_named(found.directory):
+        if found.weights == DIFFUSERS:
+            return load_diffusers(found.directory).to(device)
         if (found.directory / STATE_FILE).is_file():
             check_whole(found.directory, ("config.json", found.weights))
         return RemixDiT.from_directory(found.directory, found.weights, device)
@@ -76,13 +81,21 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
 def model_config(directory: Path) -> RemixConfig:
     """Return the configuration of a checkpoint's model."""
     with damage_named(directory):
+        if is_diffusers(directory):
+            return diffusers_config(directory)
         return read_config(directory)
 
 
 def stated_config(path: str | Path) -> RemixConfig:
     """Return the configuration of a model, named as for `load_model`, without its weights."""
-    found = find_model(Path(path))
-    return model_config(download(str(path)) if found is None else found.directory)
+    return model_config(located(path).directory)
+
+
+def located(path: str | Path, ema: bool = True) -> Found:
+    """Return the place of the weights of a model, which is downloaded if it is not local."""
+    found = find_model(Path(path), ema) or find_model(download(str(path)), ema)
+    assert found is not None  # a download is local
+    return found
 
 
 @contextmanager
@@ -103,6 +116,8 @@ def find_model(path: Path, ema: bool = True) -> Found | None:
     """Return the place of the weights of a local model, checkpoint or run, None if not local."""
     if not path.is_dir():
         return None
+    if is_diffusers(path):
+        return Found(path, DIFFUSERS)
     if (path / "state.json").is_file():
         return Found(path, "ema.safetensors" if ema else "model.safetensors")
     if (path / "model.safetensors").is_file():

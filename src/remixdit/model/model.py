@@ -23,6 +23,7 @@ from remixdit.files import save_tensors, write_file
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
+from remixdit.model.alike import boundaries_at, plain_networks
 from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig, noise_process, read_config
 from remixdit.model.switch import Switch
@@ -95,24 +96,30 @@ class RemixDiT(nn.Module):
     @classmethod
     def from_experts(
         cls,
-        networks: Sequence[DiT],
+        networks: "Sequence[DiT | RemixDiT]",
         boundaries: Sequence[int] | Sequence[float] | None = None,
+        *,
+        boundary_ratio: float | None = None,
         **options: Any,
     ) -> Self:
         """Put N plain networks together, each the expert of its own interval.
 
         Args:
-            networks: N networks of equal shape, the least noisy first.
+            networks: N networks or models of one expert, of equal shape, the least noisy first.
+                What models state, such as the prediction type, must be equal too, and is kept.
             boundaries: (N + 1,) boundaries of the intervals; None for equal widths.
+            boundary_ratio: Instead of the boundaries of 2 networks, the share of the timesteps
+                from which on the second denoises, as diffusers calls it for Wan2.2.
             options: Other fields of `RemixConfig`, e.g. `prediction_type`.
         """
-        if not networks:
-            raise ValueError("networks must hold at least one expert, got none")
-        shapes = {network.config for network in networks}
-        if len(shapes) > 1:
-            raise ValueError(f"networks must be of one shape, got {len(shapes)} different ones")
+        networks, stated = plain_networks(networks)
+        options = {**stated, **options}
+        if boundary_ratio is not None:
+            if boundaries is not None:
+                raise ValueError("boundaries must be left out with boundary_ratio, got both")
+            boundaries = boundaries_at(boundary_ratio, len(networks), options)
         config = RemixConfig(
-            network=shapes.pop(),
+            network=networks[0].config,
             num_bases=len(networks),
             num_experts=len(networks),
             mixed="all",

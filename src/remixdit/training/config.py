@@ -216,6 +216,10 @@ class TrainConfig:
     """Directory of the run; the same command again resumes it."""
     init_from: str | None = None
     """Model to start from: a plain DiT to remix, or a mixture to train further."""
+    further_bases: tuple[str, ...] = ()
+    """Plain DiTs that are bases beside that of --from; --from A B C means the same."""
+    train: str = "all"
+    """Weights to train: all, or coefficients, which leaves the bases of --from as they are."""
     steps: int = 100_000
     """Number of optimizer steps."""
     batch_size: int = 256
@@ -269,6 +273,7 @@ class TrainConfig:
                 f"got {self.objective.timestep_strata}"
             )
         self._check_rank()
+        self._check_given_bases()
         if self.objective.interval and self.mixture.num_experts > 1:
             raise ValueError(
                 f"interval must be that of a plain DiT, got {self.mixture.num_experts} experts"
@@ -286,6 +291,36 @@ class TrainConfig:
                 "rank must be 0 without a trained model to add bases to (--from), whose class "
                 f"embedding stays as it is (no --new-labels), got {self.mixture.rank}"
             )
+
+    def _check_given_bases(self) -> None:
+        """Refuse given bases that do not fit the mixture, and coefficients that cannot learn."""
+        mixture, given = self.mixture, len(self.further_bases) + (self.init_from is not None)
+        if self.train not in ("all", "coefficients"):
+            raise ValueError(f"train must be all or coefficients, got {self.train!r}")
+        learns = mixture.num_bases > 1 and mixture.coefficients != "one_hot"
+        if self.train == "coefficients" and not (self.init_from and learns):
+            raise ValueError(
+                "train must be all without bases that stay as they are (--from), with one basis "
+                f"and with one_hot coefficients, got {self.train}"
+            )
+        if self.train == "coefficients" and self.new_labels:
+            raise ValueError(
+                "train must be all with --new-labels, which draws a class embedding that has to "
+                f"be learned, got {self.train}"
+            )
+        if not self.further_bases:
+            return
+        if given != mixture.num_bases:
+            raise ValueError(
+                f"num_bases must be the number of networks of --from, {given}, "
+                f"got {mixture.num_bases}"
+            )
+        for name in ("rank", "basis_noise"):
+            if getattr(mixture, name):
+                raise ValueError(
+                    f"{name} must be 0 with several networks of --from, "
+                    f"got {getattr(mixture, name)}"
+                )
 
     @property
     def strata_per_step(self) -> int:

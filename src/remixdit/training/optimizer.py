@@ -101,7 +101,11 @@ def adamw(experts: Experts, config: OptimizerConfig) -> torch.optim.AdamW:
     shared_rate = config.shared_learning_rate
     rates = (config.learning_rate, config.learning_rate if shared_rate is None else shared_rate)
     groups: list[dict[str, Any]] = [
-        {"params": bases, "lr": rates[0], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in bases if p.requires_grad],
+            "lr": rates[0],
+            "weight_decay": config.weight_decay,
+        },
         {"params": shared, "lr": rates[1], "weight_decay": config.weight_decay},
     ]
     if experts.logits.requires_grad:
@@ -138,15 +142,18 @@ def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) ->
     If the norm is not finite, neither are the gradients afterwards: the step has to be skipped.
 
     Args:
-        weights: Bases and shared parameters; they alone decide the norm.
+        weights: Bases and shared parameters; they alone decide the norm, unless all are frozen.
         logits: Table that is scaled like the weights.
         limit: Largest norm; 0 for no limit.
 
     Returns:
         The norm before clipping, a scalar, without synchronising with the GPU.
     """
-    norm = whole(get_total_norm([p.grad for p in weights if p.grad is not None], foreach=True))
     every = [parameter for parameter in (*weights, logits) if parameter.grad is not None]
+    deciding = [p.grad for p in weights if p.grad is not None]
+    if not deciding and logits.grad is not None:
+        deciding = [logits.grad]
+    norm = whole(get_total_norm(deciding, foreach=True))
     if limit:
         clip_grads_with_norm_(every, limit, norm, foreach=True)
     return norm

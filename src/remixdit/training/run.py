@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 DATA_DIR = "data"  # where a run keeps what it encoded
 FLAGS = {"init_from": "--from"}  # settings whose flags have other names
-PLACES = {"data", "init_from"}  # settings that are compared as resolved paths
+PLACES = {"data", "init_from", "further_bases"}  # settings that are compared as resolved paths
 
 
 def check_run(
@@ -131,6 +132,8 @@ def refuse_changes(
 
 def is_same(name: str, old: Any, new: Any) -> bool:
     """Whether a setting is unchanged; a path may be spelled in another way."""
+    if name in PLACES and isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(partial(is_same, name), old, new))
     if name in PLACES and isinstance(old, str) and isinstance(new, str):
         return old == new or Path(old).resolve() == Path(new).resolve()
     return bool(old == new)

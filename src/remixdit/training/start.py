@@ -48,6 +48,11 @@ from remixdit.training.adapting import (
 )
 from remixdit.training.config import TrainConfig
 from remixdit.training.run import DATA_DIR, location, stated_settings
+from remixdit.training.several import (
+    further_models,
+    refuse_unmixed_differences,
+    stacked_weights,
+)
 
 __all__ = [
     "Outline",
@@ -103,6 +108,7 @@ def run_settings(config: TrainConfig, model: RemixConfig) -> dict[str, Any]:
         **config.to_json(),
         "data": location(config.data),
         "init_from": location(config.init_from) if config.init_from else None,
+        "further_bases": [location(name) for name in config.further_bases],
         # The network that is trained, which the given model may have decided.
         "network": asdict(model.network),
         "mixture": {**asdict(config.mixture), "intervals": config.interval_policy},
@@ -198,11 +204,51 @@ def starting_model(config: TrainConfig, data: Outline) -> Start:
         return Start(target, partial(remixed_weights, target, network, config))
     refuse_other_network(given.config, target)
     if given.num_experts > 1:
+        refuse_further_bases(config, given.num_experts)
         refuse_other_mixture(given.config, target)
         weights = partial(carried_weights, given, target, labels, config.seed)
         return Start(target, weights, resampling_remark(given.config, target))
     network = adapted(given.expert(0), target.network, labels, config.seed)
+    if config.further_bases:
+        return start_from_several(config, data, target, given.config, network)
+    if config.train == "coefficients":
+        raise ValueError(
+            "train must be all for bases that begin as copies of one network, whose coefficients "
+            f"change nothing, got {config.train}"
+        )
     return Start(target, partial(remixed_weights, target, network, config))
+
+
+def refuse_further_bases(config: TrainConfig, num_experts: int) -> None:
+    """Refuse networks beside a mixture, which has bases already."""
+    if config.further_bases:
+        raise ValueError(
+            f"num_experts of {config.init_from} must be 1, a plain DiT, got {num_experts}"
+        )
+
+
+def start_from_several(
+    config: TrainConfig,
+    data: Outline,
+    target: RemixConfig,
+    first: RemixConfig,
+    network: DiT,
+) -> Start:
+    """Return the mixture whose bases are several plain networks.
+
+    Args:
+        config: The run.
+        data: Outline of its data.
+        target: Configuration of the mixture.
+        first: Configuration of the first network, before it was adapted.
+        network: The first network, adapted to the data.
+    """
+    networks = [network]
+    for other in further_models(config.further_bases, first, str(config.init_from)):
+        labels = label_rows(other.config, data, config.new_labels)
+        networks.append(adapted(other.expert(0), target.network, labels, config.seed))
+    refuse_unmixed_differences(target, networks)
+    return Start(target, partial(stacked_weights, target, networks, config.mixture.symmetry))
 
 
 def settled(config: TrainConfig, model: RemixConfig | None) -> TrainConfig:

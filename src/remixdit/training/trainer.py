@@ -49,6 +49,9 @@ class Training:
         self.config, self.ranks = config, ranks
         self.device = distributed.pick_device(config.device)
         self.model = RemixDiT.empty(start.config)
+        if config.train == "coefficients":  # before there are gradients, moments or averages
+            for parameter in self.model.network.parameters():
+                parameter.requires_grad_(parameter is self.model.experts.logits)
         self.network = self._wrapped(self.model.network)
         self.checksum = start.fill(self.model, self.device)
         if config.compile:
