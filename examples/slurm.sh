@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines under SLURM: sbatch examples/slurm.sh PRESET DATA RUN [OPTIONS]
 # The same command again goes on from the last checkpoint; SLURM does so itself after a failure
-# of a machine, because of --requeue.
+# of a machine, because of --requeue, and this script when its time is nearly over.
 #SBATCH --job-name=remixdit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,13 +14,20 @@ set -euo pipefail
 
 preset=$1 data=$2 run=$3
 shift 3
+limit=${STOP_AFTER_SECONDS:-85800} # ten minutes before --time is over
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # One torchrun on each machine, one process for each GPU. All meet at the first machine.
+code=0
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-backend c10d \
     --rdzv-endpoint "$first:${MASTER_PORT:-29500}" \
-    -m remixdit train "$preset" --data "$data" --output-dir "$run" "$@"
+    -m remixdit train "$preset" --data "$data" --output-dir "$run" --stop-after "${limit}s" "$@" ||
+    code=$?
+
+# torchrun ends with 1 however its processes end, so the clock tells whether they were stopped.
+if ((code && SECONDS >= limit)); then exec scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -1,4 +1,4 @@
-"""The script for SLURM, with a scheduler of three lines in the place of SLURM."""
+"""The script for SLURM, with a scheduler of a few lines in the place of SLURM."""
 
 import os
 import subprocess
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.training.run import read_metrics
 from tests.command_line import write_npz
 from tests.processes import environment, free_port
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm.sh"
 # Each starts what SLURM would: the names of the machines, and one task on each of them.
-SCONTROL = "#!/bin/sh\necho localhost; echo localhost\n"
+SCONTROL = '#!/bin/sh\nif [ "$1" = requeue ]; then echo "again: $2"; else echo localhost; fi\n'
 SRUN = """#!/bin/sh
 shift  # its own option
 "$@" --local-addr localhost & first=$!
@@ -35,10 +36,10 @@ def put_on_path(directory: Path, name: str, text: str) -> None:
     (directory / name).chmod(0o755)
 
 
-@pytest.mark.slow
-def test_the_script_trains_on_two_machines(tmp_path):
-    data, programs = write_npz(tmp_path / "pictures.npz"), tmp_path / "bin"
-    programs.mkdir()
+def submit(line: str, directory: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run the script as SLURM would, on two machines that are this one."""
+    programs = directory / "bin"
+    programs.mkdir(exist_ok=True)
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("torchrun", TORCHRUN)):
         put_on_path(programs, name, text)
     slurm = {
@@ -49,16 +50,33 @@ def test_the_script_trains_on_two_machines(tmp_path):
         "MASTER_PORT": str(free_port()),
         "PATH": f"{programs}:{os.environ['PATH']}",
     }
-    options = "--steps 3 --log-every 1 --shard"
-    done = subprocess.run(
-        ["bash", str(SCRIPT), "tiny", str(data), str(tmp_path / "run"), *options.split()],
-        env={**environment(), **slurm},
-        stderr=subprocess.PIPE,
+    return subprocess.run(
+        ["bash", str(SCRIPT), *line.split()],
+        env={**environment(), **slurm, **variables},
+        capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_the_script_trains_on_two_machines_and_asks_for_more_time(tmp_path):
+    data, run = write_npz(tmp_path / "pictures.npz"), tmp_path / "run"
+    line = f"tiny {data} {run} --log-every 1 --shard"
+    done = submit(f"{line} --steps 1000000", tmp_path, STOP_AFTER_SECONDS="15")
+    assert (done.returncode, done.stdout) == (0, "again: 7\n"), done.stderr
+    reached = steps_done(newest_checkpoint(run))
+    done = submit(f"{line} --steps {reached + 2}", tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, reached + 3))
     assert rows[0]["reduced_bytes"] > 0  # two processes have met
+
+
+@pytest.mark.slow
+def test_a_request_that_makes_no_sense_is_not_tried_again(tmp_path):
+    data = write_npz(tmp_path / "pictures.npz")
+    done = submit(f"tiny {data} {tmp_path}/run --steps 0", tmp_path)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "steps must be at least 1, got 0" in done.stderr
