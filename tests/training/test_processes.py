@@ -240,6 +240,35 @@ def test_processes_that_see_other_checkpoints_do_not_train_on_together(train, tm
     assert "step must be the same for all processes, got another on process 1" in done.stderr
 
 
+BROKEN_DISK = """
+import errno, os, sys
+from remixdit.cli.main import main
+from remixdit.training.trainer import Training
+
+def broken(self, inputs):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "latents-00000.npy")
+
+if os.environ["RANK"] == "1":
+    Training.take_step = broken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_error_of_another_process_than_the_first_is_heard(train, tmp_path):
+    (tmp_path / "script.py").write_text(BROKEN_DISK)
+    start = f"-m torch.distributed.run --standalone --nproc-per-node 2 {tmp_path}/script.py"
+    done = subprocess.run(
+        [sys.executable, *start.split(), *f"{train} --output-dir {tmp_path}/run".split()],
+        check=False,
+        env=environment(),
+        timeout=100,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "remixdit, process 1: error: latents-00000.npy: Input/output error" in done.stderr
+
+
 def test_two_processes_encode_and_sample_what_one_does(data, given, tmp_path):
     for name, count in (("one", 1), ("two", 2)):
         launch(f"encode {data} --output {tmp_path}/{name} --image-size 16 --shard-size 5", count)

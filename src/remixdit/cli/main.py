@@ -135,17 +135,21 @@ def failed(error: Exception, code: int) -> int:
         text = f"{error.filename or 'cannot read or write'}: {error.strerror}"
     else:
         text = " ".join(str(error).split()) or name
-    complain(f"error: {text}")
+    complain(f"error: {text}", is_own=isinstance(error, OSError))
     return code
 
 
-def complain(text: str) -> None:
+def complain(text: str, is_own: bool = False) -> None:
     """Write one line to stderr.
 
     What is wrong with a request is wrong for every process, and the first says it. Another waits:
     it speaks if torchrun has not ended it by then, for what went wrong is its own.
+
+    Args:
+        text: What went wrong.
+        is_own: It is known to be this process's own, such as a disk that cannot be read.
     """
     rank = os.environ.get("RANK", "0")
     who = "remixdit" if rank == "0" else f"remixdit, process {rank}"
-    time.sleep(0 if rank == "0" else PATIENCE_SECONDS)
+    time.sleep(0 if rank == "0" or is_own else PATIENCE_SECONDS)
     print(f"{who}: {one_line(text)}", file=sys.stderr)
