@@ -291,6 +291,14 @@ DAMAGE = {
 }
 
 
+def test_settings_nested_too_deep_are_refused(given, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(given / "colour", run)
+    (run / "config.json").write_text("[" * 100_000)
+    line = f"train tiny --data {given}/colour.npz --output-dir {run} --steps 3"
+    assert refusal(line, capsys).startswith(f"{run}/config.json must hold a JSON object, got '[[[")
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_run_is_refused_by_what_is_damaged(name, given, tmp_path, capsys):
     run, (content, sentence) = tmp_path / "run", DAMAGE[name]

@@ -157,7 +157,7 @@ def json_object(place: object, text: str) -> dict[str, Any]:
     """Return a JSON object; an error names the place that must hold one."""
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}")
