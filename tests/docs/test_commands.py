@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import tyro
+from diffusers.utils import dynamic_modules_utils
 
 from remixdit.cli.main import main
 from remixdit.diffusion.dit import DiT
@@ -177,7 +178,7 @@ def test_every_python_block_compiles_and_its_names_exist(page):
 )
 def test_marked_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     write_stand_ins()
     names: dict[str, object] = {"__name__": page}
     for block in blocks(page):
