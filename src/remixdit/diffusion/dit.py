@@ -121,6 +121,10 @@ class DiTConfig:
 class DiT(nn.Module):
     """A diffusion transformer. It never hears of mixing.
 
+    Args:
+        config: Shape of the network.
+        seed: Seed of the initial weights.
+
     Attributes:
         recompute: Whether only the input of each block is kept for the backward pass, which then
             runs the block again: less memory, a third more arithmetic, the same gradients.

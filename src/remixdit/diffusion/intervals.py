@@ -110,7 +110,12 @@ class Intervals:
     def continuous(
         cls, num_experts: int, distribution: Uniform | LogitNormal | None = None
     ) -> "Intervals":
-        """Cut [0, 1] into N parts of equal width, drawn as often as `distribution` has them."""
+        """Cut [0, 1] into N parts of equal width.
+
+        Args:
+            num_experts: Number of experts, N, at least 1.
+            distribution: Distribution of training timesteps over [0, 1]; None for uniform.
+        """
         check_count(num_experts, None)
         cuts = tuple(n / num_experts for n in range(num_experts + 1))
         return cls(cuts, distribution or Uniform())

@@ -136,7 +136,11 @@ class RemixDiT(nn.Module):
 
     @classmethod
     def empty(cls, config: RemixConfig) -> Self:
-        """Return a model whose weights have shapes but no storage, to load weights into."""
+        """Return a model whose weights have shapes but no storage, to load weights into.
+
+        Args:
+            config: Configuration of the model.
+        """
         with torch.device("meta"):
             network = DiT(config.network)
         return cls(config, network)
@@ -223,7 +227,12 @@ class RemixDiT(nn.Module):
         return self._switch
 
     def sample_with(self, dtype: torch.dtype | None = None, compile: bool = False) -> None:
-        """Choose the dtype of `denoise` and `predict`, and whether they are compiled."""
+        """Choose how `denoise` and `predict` run.
+
+        Args:
+            dtype: Type of the weights, None for float32.
+            compile: Whether the network is compiled, once for all experts.
+        """
         self._sampling, self._switch = (dtype, compile), None
 
     def precompute(self) -> None:
@@ -267,7 +276,11 @@ class RemixDiT(nn.Module):
         self._forget()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the model directory; each file is written beside and then renamed."""
+        """Write the model directory; each file is written beside its place and then renamed.
+
+        Args:
+            directory: Directory of the model; it is made if it does not exist.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {
