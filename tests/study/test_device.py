@@ -12,7 +12,7 @@ from remixdit.evaluation.image_sets import open_images
 from remixdit.evaluation.images import ImageConfig, Real, open_train
 from remixdit.evaluation.subjects import files_subject
 from remixdit.model.loading import load_model
-from remixdit.study import study
+from remixdit.study import cell
 from remixdit.study.config import StudyConfig
 from remixdit.training import trainer
 from remixdit.training.loop import train
@@ -58,10 +58,10 @@ def test_a_cell_measures_its_model_on_the_device(given, tmp_path, monkeypatch):
         places.append(model.device)
         raise InterruptedError
 
-    monkeypatch.setattr(study, "pick_device", {"auto": META}.__getitem__)
-    monkeypatch.setattr(study, "interval_losses", interval_losses)
+    monkeypatch.setattr(cell, "pick_device", {"auto": META}.__getitem__)
+    monkeypatch.setattr(cell, "interval_losses", interval_losses)
     with pytest.raises(InterruptedError):
-        study.run_cell(study_of(given, tmp_path), study.Cell("start", 0), torch.get_num_threads())
+        cell.run_cell(study_of(given, tmp_path), cell.Cell("start", 0), {}, torch.get_num_threads())
     assert places == [META]
 
 
@@ -77,13 +77,11 @@ def test_extractor_and_autoencoder_of_a_study_are_on_the_device_of_the_model(
     def load_autoencoder(spec, device):
         places["autoencoder"] = device
 
-    monkeypatch.setattr(study, "load_extractor", load_extractor)
-    monkeypatch.setattr(study, "load_autoencoder", load_autoencoder)
-    monkeypatch.setattr(study, "sample", lambda *_: iter(()))
+    monkeypatch.setattr(cell, "load_extractor", load_extractor)
+    monkeypatch.setattr(cell, "load_autoencoder", load_autoencoder)
+    monkeypatch.setattr(cell, "sample", lambda *_: iter(()))
     with pytest.raises(ValueError, match="at least one array"):
-        study.scored(
-            study_of(given, tmp_path), load_model(given / "plain", device="meta"), tmp_path
-        )
+        cell.scored(study_of(given, tmp_path), load_model(given / "plain", device="meta"), tmp_path)
     assert places == {"extractor": META, "autoencoder": META}
 
 
@@ -93,7 +91,7 @@ def test_reference_and_training_images_and_images_under_test_are_decoded_on_the_
     latents = str(given / "latents")
     config = replace(study_of(given, tmp_path), held_out=latents)
     with pytest.raises(NotImplementedError, match="meta"):
-        study.reference_of(config, replace(COLOURS, device=META))
+        cell.reference_of(config, replace(COLOURS, device=META))
     fake = open_images(given / "images.npz")
     real = Real(replace(fake, fingerprint="another"), None)
     train_images = open_train(ImageConfig(train=latents), fake, real, 0, META)

@@ -14,8 +14,10 @@ from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.progress import finish
 from remixdit.study.config import StudyConfig
-from remixdit.study.report import paired, result_table, those_of
-from remixdit.study.study import Cell, cells_of, common_run, study
+from remixdit.study.paired import paired
+from remixdit.study.report import result_table, those_of
+from remixdit.study.runs import Cell, common_run
+from remixdit.study.study import cells_of, study
 from remixdit.study.variants import (
     STUDIES,
     VARIANTS,

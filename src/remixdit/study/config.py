@@ -30,6 +30,8 @@ class StudyConfig:
     """Number of runs of every variant, each with its own seed."""
     steps: int = 2000
     """Number of optimizer steps of every run."""
+    budget: str = "auto"
+    """Budget of a run: images, seconds (both) or auto, which is seconds for the leaderboard."""
     batch_size: int = 64
     """Number of images in a step."""
     learning_rate: float = 2e-4
@@ -70,6 +72,13 @@ class StudyConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         chosen_variants(self.name, self.variants)
+        if self.budget not in ("auto", "images", "seconds"):
+            raise ValueError(f"budget must be images, seconds or auto, got {self.budget!r}")
+        if self.is_timed and self.lr_schedule != "constant":
+            raise ValueError(
+                "lr_schedule must be constant for a budget in seconds, whose runs go on from those "
+                f"of equal images, got {self.lr_schedule}"
+            )
         if self.steps < 4:  # a run of half the budget saves a checkpoint after half of its steps
             raise ValueError(f"steps must be at least 4, got {self.steps}")
         for name in ("seeds", "workers", "num_inference_steps"):
@@ -81,3 +90,8 @@ class StudyConfig:
             raise ValueError(
                 f"num_samples must be 0 or at least {GRID_IMAGES}, got {self.num_samples}"
             )
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether variants are compared after equal seconds too."""
+        return self.budget == "seconds" or (self.budget == "auto" and self.name == "leaderboard")

@@ -1,7 +1,7 @@
 """The results of a study: means over seeds, paired differences, tables and figures.
 
     results.json    all results, one entry for each cell
-    table.md        the table, for a document
+    table.md        the table, for a document; board.md, that of equal time
     report.html     table, figures and settings in one file
 
 Runs of the same seed saw the same images, timesteps and noise, so variants are compared seed by
@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,39 +23,15 @@ from matplotlib.figure import Figure
 from remixdit.figures import plots
 from remixdit.figures.html import Block, Heading, Picture, Table, Text, write_report
 from remixdit.files import write_file
+from remixdit.study.board import at_equal_time, board, board_table, load_kernels
+from remixdit.study.paired import Paired, as_text, mean_of, paired
 
-__all__ = ["Paired", "paired", "write_study"]
+__all__ = ["result_table", "those_of", "write_study"]
 
 BASELINES = ("continued", "stratified", "independent", "independent-shared")
 PREFERRED = ("stratified", "continued")  # baselines of figures
 MAX_CURVES = 6  # curves in one figure
 Result = dict[str, Any]
-
-
-class Paired(NamedTuple):
-    """A variant against a baseline, seed by seed."""
-
-    mean: float
-    """Mean of the differences in per cent of the baseline; negative is better."""
-    reach: float
-    """Half the 95 % interval over seeds; NaN for one seed."""
-    wins: int
-    """Number of seeds in which the variant is lower."""
-    seeds: int
-
-
-def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
-    """Compare losses by seed; None without a seed that both have."""
-    seeds = sorted(values.keys() & baseline.keys())
-    if not seeds:
-        return None
-    ratios = np.array([100 * (values[seed] / baseline[seed] - 1) for seed in seeds])
-    reach = float("nan")
-    if len(seeds) > 1:
-        from scipy.stats import t
-
-        reach = float(t.ppf(0.975, len(seeds) - 1) * ratios.std(ddof=1) / len(seeds) ** 0.5)
-    return Paired(float(ratios.mean()), reach, int((ratios < 0).sum()), len(seeds))
 
 
 def write_study(
@@ -79,7 +55,9 @@ def write_study(
     write_file(directory / "results.json", lambda beside: beside.write_text(text, "utf-8"))
     lines = markdown(table)
     write_file(directory / "table.md", lambda beside: beside.write_text(lines, "utf-8"))
-    blocks: list[Block] = [Text(introduction(settings, results)), table, *figures(results)]
+    blocks: list[Block] = [Text(introduction(settings, results))]
+    blocks += equal_time(directory, results)
+    blocks += [table, *figures(results)]
     blocks += [
         Heading("Variants"),
         Table(["variant", "what"], [[name, summaries[name]] for name in by_variant(results)]),
@@ -90,6 +68,18 @@ def write_study(
         directory / "report.html",
         partial(write_report, title=f"Study {settings['name']}", blocks=blocks),
     )
+
+
+def equal_time(directory: Path, results: Sequence[Result]) -> list[Block]:
+    """Write board.md, and return the leaderboard at equal time; nothing for a budget of images."""
+    groups = by_variant(at_equal_time(results))
+    baseline = next(iter(those_of(PREFERRED, groups)), "")
+    if not baseline:
+        return []
+    kernels = load_kernels(directory / "cells", results)
+    lines = markdown(board_table(groups, baseline, kernels))
+    write_file(directory / "board.md", lambda beside: beside.write_text(lines, "utf-8"))
+    return [*board(groups, baseline, kernels), Heading("From equal images")]
 
 
 def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -167,14 +157,6 @@ CAPTION = (
 )
 
 
-def mean_of(values: Sequence[float], digits: int) -> str:
-    """Return "mean ± standard deviation"."""
-    if not values:
-        return ""
-    text = f"{np.mean(values):.{digits}f}"
-    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
-
-
 def by_interval(cells: Sequence[Result], baseline: Sequence[Result]) -> Paired | None:
     """Compare the losses of all intervals, each with equal weight whatever its size."""
 
@@ -183,14 +165,6 @@ def by_interval(cells: Sequence[Result], baseline: Sequence[Result]) -> Paired |
         return {c["seed"]: float(np.exp(np.log(c["loss_by_interval"]).mean())) for c in group}
 
     return paired(logs(cells), logs(baseline))
-
-
-def as_text(found: Paired | None) -> str:
-    """Return a paired difference for a table."""
-    if found is None:
-        return ""
-    reach = f" ± {found.reach:.2f}" if np.isfinite(found.reach) else ""
-    return f"{found.mean:+.2f}{reach} ({found.wins}/{found.seeds})"
 
 
 def cost_cells(cells: Sequence[Result]) -> list[str | int | float]:
@@ -229,7 +203,7 @@ def introduction(settings: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 def figures(results: Sequence[Result]) -> list[Block]:
     """Return the gain of every variant, and the loss by interval of those that matter most."""
-    groups = {name: cells for name, cells in by_variant(results).items() if "half" in cells[0]}
+    groups = {name: cells for name, cells in by_variant(results).items() if cells[0]["images"]}
     if not groups:
         return []
     first = [*those_of(PREFERRED, groups), *groups][0]

@@ -38,6 +38,14 @@ class Variant:
     """Number of plain DiTs, each trained on an interval of its own; 0 for one model."""
     shares_batches: bool = False
     """Whether independent experts get a part of every batch instead of a part of the steps."""
+    merges: bool = False
+    """Whether the trained experts become one plain network, by the best combination found."""
+    first: str = ""
+    """Variant that is trained before this one, which starts from its result; none by default."""
+    first_share: float = 0.5
+    """Share of the budget that the first variant gets."""
+    learns_coefficients: bool = False
+    """Whether the given bases stay as they are, and only coefficients are learned."""
 
 
 PLAIN = {"num_bases": 1, "num_experts": 1}
@@ -75,6 +83,37 @@ VARIANTS = {
     "independent-shared": independent(
         8, True, "8 independent experts share every batch: each gets 1/8 of its images"
     ),
+    "independent-merged": replace(
+        independent(8, True, "the same, then merged into one network (DeMe, arXiv:2410.06664)"),
+        merges=True,
+    ),
+    "independent-learned": Variant(
+        "the same for 3/4 of the budget, then coefficients over the 8 frozen networks are learned",
+        {"num_bases": 8, "mixed": "all"},
+        first="independent-shared",
+        first_share=0.75,
+        learns_coefficients=True,
+    ),
+    **{
+        f"rank-{rank}": Variant(
+            f"low-rank bases of rank {rank} on the frozen start (TimeLoRA, arXiv:2405.03958)",
+            {"rank": rank},
+        )
+        for rank in (4, 16, 64)
+    },
+    "rank-16-trained": Variant(
+        "stratified for half of the budget, then low-rank bases of rank 16 on the frozen result",
+        {"rank": 16},
+        first="stratified",
+    ),
+    **{
+        f"remix-at-{share}": Variant(
+            f"stratified for {share} % of the budget, then the default",
+            first="stratified",
+            first_share=share / 100,
+        )
+        for share in (25, 50)
+    },
     "one-hot": Variant("each basis serves N/K intervals alone", {"coefficients": "one_hot"}),
     "published": Variant("softmax, one expert a step, the prior from 1e-4 to 0", PUBLISHED),
     "raw": Variant("free coefficients", {"coefficients": "raw"}),
@@ -162,6 +201,11 @@ STUDIES = {
         *(START, "continued", "stratified", "independent", "independent-shared"),
         *("published", "stratified-long", "remix-half", "remix"),
     ),
+    "leaderboard": (
+        *(START, "continued", "stratified", "independent-shared", "independent-merged"),
+        *("independent-learned", "rank-4", "rank-16", "rank-64", "rank-16-trained"),
+        *("one-hot", "published", "remix"),
+    ),
     "coefficients": (START, "stratified", "one-hot", "raw", "per-block", "remix"),
     "bases": (START, "stratified", "k2", "k8", "k20", "remix"),
     # With N beyond the batch, or M below N, intervals are of equal width: so are those beside them.
@@ -218,6 +262,7 @@ def run_config(variant: Variant, common: TrainConfig) -> TrainConfig:
         mixture=mixture,
         objective=objective,
         optimizer=replace(common.optimizer, learning_rate=rate, **dict(variant.optimizer)),
+        train="coefficients" if variant.learns_coefficients else "all",
     )
 
 

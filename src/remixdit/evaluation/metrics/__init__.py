@@ -25,7 +25,12 @@ from remixdit.evaluation.metrics.gaussians import (
     gaussian,
     jackknife_frechet,
 )
-from remixdit.evaluation.metrics.kernels import kernel_distance, kernel_distance_subsets
+from remixdit.evaluation.metrics.kernels import (
+    KernelDistance,
+    kernel_distance,
+    kernel_distance_subsets,
+    kernel_shifts,
+)
 from remixdit.evaluation.metrics.neighbours import (
     Memorisation,
     PrecisionRecall,
@@ -40,6 +45,7 @@ __all__ = [
     "Check",
     "Estimate",
     "Gaussian",
+    "KernelDistance",
     "LinearProbe",
     "Memorisation",
     "Moments",
@@ -53,6 +59,7 @@ __all__ = [
     "jackknife_frechet",
     "kernel_distance",
     "kernel_distance_subsets",
+    "kernel_shifts",
     "linear_probe_accuracy",
     "memorisation",
     "nearest_neighbours",

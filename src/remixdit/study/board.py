@@ -1,0 +1,179 @@
+"""A leaderboard at equal time: the table and figures of a study whose budget is in seconds.
+
+Runs of a seed see the same images in the same order, and all cells draw the same noise, so every
+difference is paired: by seed, and for the kernel distance also image by image. Its interval holds
+both errors, that over seeds and that over images.
+
+Shapes: S seeds, B real images, B' samples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from remixdit.figures import plots
+from remixdit.figures.html import Block, Heading, Picture, Table
+from remixdit.study.paired import Paired, as_text, mean_of, paired, paired_kernels
+from remixdit.study.variants import START
+
+__all__ = ["at_equal_time", "board", "board_table", "load_kernels"]
+
+Result = dict[str, Any]
+Value = Callable[[dict[str, Any]], float | None]
+Groups = Mapping[str, Sequence[Result]]
+# (variant, seed) -> "real" (B,) and "fake" (B',) shifts of the kernel distance
+Kernels = Mapping[tuple[str, int], Mapping[str, np.ndarray]]
+
+CAPTION = (
+    "Every variant was trained for the seconds that the stratified plain DiT takes for the budget, "
+    "by the medians of steps that took turns. Loss: mean over 40 intervals of timesteps of the "
+    "squared error on held-out images; parts: the least noisy quarter of the fall of the log-SNR, "
+    "the middle, the noisiest quarter. Per cent: the paired difference with its 95 % interval over "
+    "seeds, for KID over seeds and images, and the seeds in which it is lower."
+)
+
+
+def at_equal_time(cells: Sequence[Result]) -> list[Result]:
+    """Return what cells had after equal seconds, with variant and seed."""
+    return [
+        {"variant": cell["variant"], "seed": cell["seed"], **cell["equal_seconds"]}
+        for cell in cells
+        if "equal_seconds" in cell
+    ]
+
+
+def load_kernels(cells: Path, results: Sequence[Result]) -> Kernels:
+    """Return the shifts of the kernel distances that cells have written.
+
+    Args:
+        cells: Directory of the cells.
+        results: Results of the finished cells.
+    """
+    found = {}
+    for cell in results:
+        path = cells / cell["variant"] / f"seed-{cell['seed']}" / "kernel-seconds.npz"
+        if path.is_file():
+            with np.load(path) as file:
+                found[cell["variant"], cell["seed"]] = {key: file[key] for key in file.files}
+    return found
+
+
+def board(groups: Groups, baseline: str, kernels: Kernels) -> list[Block]:
+    """Return table and figures of the cells at equal time.
+
+    Args:
+        groups: Cells of each variant, as `at_equal_time` gives them.
+        baseline: Variant that the others are held against.
+        kernels: Shifts of the kernel distance of each cell.
+    """
+    blocks: list[Block] = [Heading("At equal time"), board_table(groups, baseline, kernels)]
+    blocks.append(
+        Picture(
+            against_seconds(groups, loss_of, 1e5, "validation loss x 1e5"),
+            "Mean over seeds, with the range of the seeds.",
+            "Validation loss of every variant against the seconds of its training",
+        )
+    )
+    if kernels:
+        blocks.append(
+            Picture(
+                against_seconds(groups, kid_of, 1e3, "KID x 1e3"),
+                "Mean over seeds, with the range of the seeds.",
+                "KID of every variant against the seconds of its training",
+            )
+        )
+    return blocks
+
+
+def board_table(groups: Groups, baseline: str, kernels: Kernels) -> Table:
+    """Return a row for each variant."""
+    parts = list(next(iter(groups.values()))[0]["loss_of_part"])
+    header = ["variant", "seeds", "steps", "images", "seconds", "FLOPs", "loss x 1e5"]
+    header += [f"% of {baseline}", *(f"{part}, %" for part in parts)]
+    header += ["KID x 1e3", f"KID, % of {baseline}"] if kernels else []
+    rows: list[list[str | int | float]] = []
+    for name, cells in groups.items():
+        row: list[str | int | float] = [name, len(cells), *cost_cells(cells[0])]
+        row.append(mean_of([1e5 * cell["loss"] for cell in cells], 1))
+        for value in (loss_of, *map(part_of, parts)):
+            own, base = by_seed(cells, value), by_seed(groups[baseline], value)
+            row.append("" if name == baseline else as_text(paired(own, base)))
+        if kernels:
+            row.append(mean_of([1e3 * kid for kid in by_seed(cells, kid_of).values()], 1))
+            row.append(
+                "" if name == baseline else as_text(of_kernels(groups, kernels, name, baseline))
+            )
+        rows.append(row)
+    return Table(header, rows, caption=CAPTION)
+
+
+def cost_cells(cell: Result) -> list[str | int | float]:
+    """Return steps, images, seconds and operations of a cell."""
+    if not cell["steps"]:
+        return [0, 0, 0, ""]
+    flops = cell["network_flops"] + cell["mixing_flops"]
+    return [cell["steps"], cell["images"], f"{cell['seconds']:.0f}", f"{flops:.3e}"]
+
+
+def by_seed(cells: Sequence[Result], value: Value) -> dict[int, float]:
+    """Return a value of each cell that has it, by seed."""
+    found = {cell["seed"]: value(cell) for cell in cells}
+    return {seed: number for seed, number in found.items() if number is not None}
+
+
+def loss_of(cell: Result) -> float | None:
+    """Return the validation loss."""
+    return float(cell["loss"])
+
+
+def part_of(part: str) -> Value:
+    """Return what gives the loss of a part of the timesteps."""
+    return lambda cell: float(cell["loss_of_part"][part])
+
+
+def kid_of(cell: Result) -> float | None:
+    """Return the kernel distance, None if no samples were drawn."""
+    scores = cell.get("scores", {}).get("scores", {})
+    found = [score["value"] for name, score in scores.items() if name.startswith("KID")]
+    return float(found[0]) if found else None
+
+
+def of_kernels(groups: Groups, kernels: Kernels, name: str, baseline: str) -> Paired | None:
+    """Compare the kernel distances of a variant with those of the baseline."""
+
+    def shifts(variant: str) -> dict[int, Mapping[str, np.ndarray]]:
+        """Return the shifts of a variant by seed."""
+        return {seed: found for (name, seed), found in kernels.items() if name == variant}
+
+    ours, theirs = by_seed(groups[name], kid_of), by_seed(groups[baseline], kid_of)
+    return paired_kernels(ours, shifts(name), theirs, shifts(baseline))
+
+
+def against_seconds(groups: Groups, value: Value, scale: float, label: str) -> Figure:
+    """Draw a value of every variant against the seconds of its training.
+
+    Lines begin at the start, if it was measured; bars are the range of the seeds.
+    """
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    origin = by_seed(groups.get(START, ()), value)
+    for number, (name, cells) in enumerate(groups.items()):
+        values = scale * np.array(list(by_seed(cells, value).values()))
+        if name == START or not len(values):
+            continue
+        seconds = float(np.median([cell["seconds"] for cell in cells]))
+        color = plots.COLORS[number % (len(plots.COLORS) - 1)]
+        style = plots.LINES[number // (len(plots.COLORS) - 1) % len(plots.LINES)]
+        if origin:
+            first = scale * np.mean(list(origin.values()))
+            axes.plot([0, seconds], [first, values.mean()], style, color=color, linewidth=1)
+        spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
+        axes.errorbar(seconds, values.mean(), spread, fmt="o", color=color, capsize=4, label=name)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
