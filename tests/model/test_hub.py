@@ -232,3 +232,11 @@ def test_names_of_others_are_text_in_the_card_and_its_header():
         "https://arxiv.org/abs/2412.05628",
     ]
     assert not {"<script", "<b>", "<strong", "<h1>heading"} & set(re.findall("<[^ >]*>?", page))
+
+
+def test_a_card_names_no_folder_of_this_machine():
+    config = RemixConfig(network=tiny_config(), autoencoder={"name": "/home/alice/vae"})
+    card = model_card(config)
+    assert "alice" not in card
+    assert "autoencoder vae |" in card
+    assert "20, for intervals 50 wide of the timesteps 0 to 1000" in card

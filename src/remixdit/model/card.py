@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
 
 from numpy.typing import ArrayLike
@@ -113,16 +114,18 @@ def facts_of(config: RemixConfig) -> dict[str, str]:
     size, names = network.input_size, config.class_names
     more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
     named = f" ({', '.join(names[:MOST_NAMES])}{more})" if names else ""
-    widths = [end - begin for begin, end in pairwise(ends)]
+    autoencoder = Path(str(config.autoencoder["name"]))  # a name, or a path of this machine
+    widths = sorted({f"{end - begin:g}" for begin, end in pairwise(ends)}, key=float)
+    wide = " to ".join(dict.fromkeys((widths[0], widths[-1])))
     return {
         "network": f"{network.depth} blocks of width {network.hidden_size}, "
         f"{network.num_heads} heads, patch {network.patch_size}",
         "latents": f"{network.in_channels} x {size} x {size}, "
-        f"autoencoder {config.autoencoder['name']}",
+        f"autoencoder {autoencoder.name if autoencoder.is_absolute() else autoencoder}",
         "classes": f"{network.num_classes:,}{named}",
         "bases, K": f"{config.num_bases}" + (f" of rank {config.rank}" if config.rank else ""),
-        "experts, N": f"{config.num_experts}, for intervals {min(widths):g} to {max(widths):g} "
-        f"wide of the timesteps {ends[0]:g} to {ends[-1]:g}",
+        "experts, N": f"{config.num_experts}, for intervals {wide} wide of the "
+        f"timesteps {ends[0]:g} to {ends[-1]:g}",
         "mixed parameters": str(config.mixed),
         "prediction": config.prediction_type,
         "licence": config.license or "not stated",
