@@ -20,13 +20,15 @@ def test_weights_of_fid_that_are_already_there_are_checked(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["nothing", "a/b/c", "{}/nothing"])
 def test_what_is_no_name_of_the_hub_is_not_looked_up(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("looked up")
+    )
     line = f"sample {name.format(tmp_path)} --output {tmp_path}/a.png"
     assert refusal(line, capsys).startswith("model must be a directory or a model of the hub")
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_of_the_machine(tmp_path, monkeypatch, capsys):
-    def unreachable(name):
+    def unreachable(name, **_):
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)

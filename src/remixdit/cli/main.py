@@ -32,6 +32,7 @@ COMMANDS = {
     "plot": ("plot", "figures of a run: losses, coefficients, gradients"),
     "import": ("importing", "a published DiT or Remix-DiT checkpoint -> a model directory"),
     "export": ("exporting", "a model -> plain DiTs, or diffusers"),
+    "push": ("pushing", "a model, with its card -> the Hugging Face hub"),
     "merge": ("merging", "N experts -> one plain network: their mean, or the best mean for --data"),
     "study": ("study", "variants at equal budget over seeds: tables, figures, a report"),
     "bench": ("bench", "train, sample or data: what this machine does, beside plain and naive"),

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 
 from remixdit.model.config import RemixConfig, read_config
 from remixdit.model.diffusers_dit import diffusers_config, is_diffusers, load_diffusers
-from remixdit.model.model import RemixDiT, download
+from remixdit.model.hub import download
+from remixdit.model.model import RemixDiT
 from remixdit.model.state import STATE_FILE, check_whole, read_state
 from remixdit.model.validation import brief
 

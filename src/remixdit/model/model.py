@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -24,12 +25,13 @@ from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
 from remixdit.model.alike import boundaries_at, plain_networks
-from remixdit.model.card import license_lines
+from remixdit.model.card import card_files, model_card
 from remixdit.model.config import RemixConfig, noise_process, read_config
+from remixdit.model.hub import check_name, check_token, download, upload
 from remixdit.model.switch import Switch
 from remixdit.model.weights import check_same_shapes, read_weights
 
-__all__ = ["RemixDiT", "download", "write_model_files"]
+__all__ = ["RemixDiT", "write_model_files"]
 
 
 class RemixDiT(nn.Module):
@@ -318,16 +320,21 @@ class RemixDiT(nn.Module):
         return model.to(device).eval()
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Upload the model directory to the Hugging Face hub; return its address."""
-        import tempfile
+        """Upload the model directory, with a card, to the Hugging Face hub; return its address.
 
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as directory:
+        Args:
+            repo_id: Name of the model, "owner/name".
+            private: Whether a new repository is private.
+        """
+        check_name(repo_id)
+        check_token()
+        coefficients = self.experts.coefficients().detach().cpu().numpy()
+        with TemporaryDirectory() as directory:
             self.save_pretrained(directory)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
+            files = {name: Path(directory) / name for name in ("config.json", "model.safetensors")}
+            return upload(
+                repo_id, {**files, **card_files(self.config, coefficients, repo_id)}, private
+            )
 
     def _check_inputs(
         self, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None
@@ -351,45 +358,9 @@ def check_labels(class_labels: Tensor, num_classes: int) -> None:
         )
 
 
-def download(repo_id: str) -> Path:
-    """Download a model of the hub into the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    owner, slash, name = repo_id.partition("/")
-    if not (owner and slash and name) or "/" in name or Path(owner).exists():
-        raise ValueError(f"model must be a directory or a model of the hub, got {repo_id!r}")
-    try:
-        return Path(snapshot_download(repo_id))
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{repo_id} is no directory, and the Hugging Face Hub cannot be reached to look for it"
-        ) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"model must be a directory or a model of the hub, got {repo_id!r}"
-        ) from error
-
-
 def write_model_files(directory: Path, config: RemixConfig) -> None:
     """Write all files of a model directory but the weights."""
     text = json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n"
     card = model_card(config)
     write_file(directory / "config.json", lambda path: path.write_text(text, "utf-8"))
     write_file(directory / "README.md", lambda path: path.write_text(card, "utf-8"))
-
-
-def model_card(config: RemixConfig) -> str:
-    """Return the README.md of a model directory."""
-    network = config.network
-    return (
-        f"---\nlibrary_name: remixdit\ntags: [diffusion, remix-dit]\n"
-        f"{license_lines(config.license)}---\n\n"
-        f"# Remix-DiT, {config.num_bases} bases, {config.num_experts} experts\n\n"
-        f"{network.depth} blocks of width {network.hidden_size}, patch {network.patch_size}, "
-        f"latents {network.in_channels}x{network.input_size}x{network.input_size}, "
-        f"{network.num_classes} classes, {config.prediction_type}.\n\n"
-        "```python\nfrom remixdit import RemixDiT\n\n"
-        'model = RemixDiT.from_pretrained("this directory")\n'
-        "output = model.denoise(latents, timesteps, class_labels)\n```\n"
-    )

@@ -28,11 +28,14 @@ __all__ = [
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+TRACKERS = ("wandb", "trackio")
+
 # Settings that may differ between a run and its resumption; boundaries follow from others.
 MAY_CHANGE = {
     *("steps", "device", "save_every", "log_every", "sample_every", "keep_checkpoints"),
     *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
     *("compile", "micro_batch_size", "allow_older", "save_minutes", "stop_after"),
+    "tracker",
 }
 
 
@@ -180,6 +183,8 @@ class OutputConfig:
     """Number of sampling steps for the images of a grid."""
     tensorboard: bool = True
     """Write curves and images for TensorBoard."""
+    tracker: str = ""
+    """Tracker that gets curves and images too: wandb or trackio, each an extra; none by default."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -193,6 +198,8 @@ class OutputConfig:
             raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
         if not 0 <= self.save_minutes < math.inf:
             raise ValueError(f"save_minutes must be at least 0, got {self.save_minutes}")
+        if self.tracker not in ("", *TRACKERS):
+            raise ValueError(f"tracker must be one of {', '.join(TRACKERS)}, got {self.tracker!r}")
         seconds_of(self.stop_after)
 
 

@@ -11,6 +11,7 @@ A run is a directory:
     checkpoints/      the newest few checkpoints
     samples/          grids of images from the averaged weights
     tensorboard/      curves and images
+    tracker-id        identity of the run for wandb and trackio
     model/            the averaged weights of a finished run
 """
 
@@ -52,6 +53,7 @@ from remixdit.training.start import (
     stretched_schedules,
 )
 from remixdit.training.stopping import Stop, Watch
+from remixdit.training.trackers import check_installed
 from remixdit.training.trainer import Training
 
 __all__ = ["train"]
@@ -75,6 +77,7 @@ def train(config: TrainConfig, stop: Stop | None = None) -> Generator[Progress, 
     ranks = distributed.start(distributed.pick_device(config.device))
     # Everything that can be refused is refused before the run's directory is made.
     check_batch_size(config.batch_size, ranks.num_ranks)
+    check_installed(config.output.tracker)
     refuse_damaged(config.output_dir, config.allow_older, ranks.is_first)
     check_steps(config)
     check_shard_size(config, ranks)

@@ -18,13 +18,12 @@ from remixdit.files import write_file
 from remixdit.training import checkpoint
 from remixdit.training.config import TrainConfig
 from remixdit.training.run import append_metrics, cut_metrics
+from remixdit.training.trackers import Tracker, pixels_of, scalars_of
 from remixdit.training.trainer import Training
 
 __all__ = ["Board", "Recorder", "is_due"]
 
 logger = logging.getLogger(__name__)
-
-CELL = 12  # pixels of one coefficient on TensorBoard
 
 
 def is_due(step: int, config: TrainConfig, *every: int) -> bool:
@@ -47,12 +46,14 @@ class Recorder:
         self.joins = self.writes or training.is_sharded
         self.first_step = training.step
         self.lacks_samples = False
-        self.board: Board | None = None
+        self.boards: list[Board | Tracker] = []
         self.writer = checkpoint.Writer(config.output_dir, config.output.keep_checkpoints)
         if self.writes:
             cut_metrics(config.output_dir, training.step)
             if config.output.tensorboard:
-                self.board = Board(config.output_dir, training.step)
+                self.boards.append(Board(config.output_dir, training.step))
+            if config.output.tracker:
+                self.boards.append(Tracker(config.output.tracker, config.output_dir))
 
     def record(self, metrics: dict[str, Any] | None, saves: bool) -> None:
         """Write what is due after a step: a line of metrics, samples, a checkpoint."""
@@ -85,9 +86,11 @@ class Recorder:
 
     def close(self) -> None:
         """End the writer's thread, and raise an error that happened there."""
-        if self.board:
-            self.board.close()
-        self.writer.close()
+        try:
+            self.writer.close()  # first: a tracker may wait for the network
+        finally:
+            for board in self.boards:
+                board.close()
 
     def _write_checkpoint(self) -> None:
         training = self.training
@@ -103,12 +106,11 @@ class Recorder:
         if not self.writes:
             return
         append_metrics(self.config.output_dir, metrics)
-        if not self.board:
-            return
-        self.board.add_metrics(metrics)
-        if self.training.model.num_bases > 1:
-            coefficients = self.training.model.experts.coefficients(logits=tables)
-            self.board.add_coefficients(coefficients.cpu().numpy(), self.training.step)
+        for board in self.boards:
+            board.add_metrics(metrics)
+            if self.training.model.num_bases > 1:
+                coefficients = self.training.model.experts.coefficients(logits=tables)
+                board.add_coefficients(coefficients.cpu().numpy(), self.training.step)
 
     def _write_samples(self) -> None:
         from remixdit.figures.grids import image_grid
@@ -125,8 +127,8 @@ class Recorder:
             if not self.lacks_samples:  # nobody loses days of training for a picture
                 logger.warning("%s cannot be written: %s; training goes on", path, error.strerror)
             self.lacks_samples = True
-        if self.board:
-            self.board.add_samples(np.array(grid), self.training.step)
+        for board in self.boards:
+            board.add_samples(np.array(grid), self.training.step)
 
 
 class Board:
@@ -147,23 +149,13 @@ class Board:
             self.writer = SummaryWriter(str(self.directory), purge_step=first_step)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Write one line of metrics; a list becomes one curve for each interval."""
-        for name, value in row.items():
-            if isinstance(value, list):
-                for i, part in enumerate(value):
-                    if part is not None:
-                        self._add("add_scalar", f"{name}/{i:03d}", part, row["step"])
-            elif name != "step" and value is not None:
-                self._add("add_scalar", name, value, row["step"])
+        """Write one line of metrics."""
+        for name, value in scalars_of(row).items():
+            self._add("add_scalar", name, value, row["step"])
 
     def add_coefficients(self, coefficients: np.ndarray, step: int) -> None:
-        """Show (L, N, K) coefficients: a row for each basis, a column for each expert, white for 1.
-
-        Plain pixels: drawing a figure takes as long as many steps of a small network.
-        """
-        tables = coefficients.clip(0, 1).transpose(0, 2, 1)  # (L, K, N)
-        cells = (255 * np.concatenate(list(tables))).astype(np.uint8)
-        pixels = cells.repeat(CELL, axis=0).repeat(CELL, axis=1)
+        """Show (L, N, K) coefficients."""
+        pixels = pixels_of(coefficients)
         self._add("add_image", "coefficients", pixels, step, dataformats="HW")
 
     def add_samples(self, grid: np.ndarray, step: int) -> None:
