@@ -7,6 +7,7 @@ import torch
 from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
 from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
+from remixdit.images.hub import is_hub_name
 from remixdit.model.loading import find_model, load_model
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
@@ -34,14 +35,6 @@ def names_model(path: str) -> bool:
     if found.is_dir():
         return not is_shard_dir(found) and any((found / name).is_file() for name in MODEL_FILES)
     return is_hub_name(path)
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether something that does not exist may be a model of the hub, owner/name."""
-    found = Path(path)
-    if found.exists() or found.is_absolute() or found.suffix:
-        return False
-    return len(found.parts) == 2 and not found.parent.exists()
 
 
 def open_model(path: str, *, ema: bool, precision: str, device: torch.device) -> RemixDiT:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from remixdit.diffusion.dit import DiT
 from remixdit.files import save_tensors, write_file
+from remixdit.images.hub import downloaded, is_hub_name
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.remix import remix
@@ -340,22 +341,10 @@ def check_labels(class_labels: Tensor, num_classes: int) -> None:
 
 def download(repo_id: str) -> Path:
     """Download a model of the hub into the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    owner, slash, name = repo_id.partition("/")
-    if not (owner and slash and name) or "/" in name or Path(owner).exists():
+    found = downloaded(repo_id) if is_hub_name(repo_id) else None
+    if found is None:
         raise ValueError(f"model must be a directory or a model of the hub, got {repo_id!r}")
-    try:
-        return Path(snapshot_download(repo_id))
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{repo_id} is no directory, and the Hugging Face Hub cannot be reached to look for it"
-        ) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"model must be a directory or a model of the hub, got {repo_id!r}"
-        ) from error
+    return found
 
 
 def write_model_files(directory: Path, config: RemixConfig) -> None:
