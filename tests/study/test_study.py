@@ -15,7 +15,7 @@ from remixdit.model.model import RemixDiT
 from remixdit.progress import finish
 from remixdit.study.config import StudyConfig
 from remixdit.study.report import paired, result_table, those_of
-from remixdit.study.study import Cell, cells_of, common_run, study
+from remixdit.study.study import Cell, cells_of, common_run, reference_of, study
 from remixdit.study.variants import (
     STUDIES,
     VARIANTS,
@@ -25,6 +25,7 @@ from remixdit.study.variants import (
     variant,
 )
 from tests.command_line import refusal, remixdit, write_folder
+from tests.tiny import COLOURS
 
 
 def shards(directory: Path, count: int, seed: int) -> Path:
@@ -286,3 +287,14 @@ def test_a_variant_at_another_learning_rate_differs_in_nothing_else(given, tmp_p
     quarter, full = (run_config(variant(name), common) for name in ("published@0.25", "published"))
     assert quarter.optimizer.learning_rate == full.optimizer.learning_rate / 4
     assert replace(quarter, optimizer=full.optimizer) == full
+
+
+def test_kept_features_of_the_reference_are_checked_before_they_are_read(given, tmp_path):
+    config = config_for(given, tmp_path)
+    path = tmp_path / f"reference-{config.extractor}.npz"
+    np.savez(path, pool=np.array([{}]))
+    with pytest.raises(ValueError, match="it holds Python objects"):
+        reference_of(config, COLOURS)
+    np.savez(path, pools=np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="must hold features, got pools: remove it"):
+        reference_of(config, COLOURS)

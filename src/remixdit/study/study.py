@@ -40,6 +40,7 @@ from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
 from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
+from remixdit.images.npy import npz_array, npz_names
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
 from remixdit.model.match import match, side_of
@@ -316,9 +317,12 @@ def reference_of(config: StudyConfig, extractor: Extractor) -> FeatureSet:
                 np.savez(file, **kept)
 
         write_file(path, write, shared=True)  # cells run at once
-    with np.load(path) as file:
-        kept = {name: torch.from_numpy(file[name]).to(extractor.device) for name in file.files}
-    return FeatureSet(**kept)
+    stored = {name: npz_array(path, name) for name in npz_names(path)}
+    if not {"pool"} <= stored.keys() <= set(FeatureSet._fields):
+        raise ValueError(f"{path} must hold features, got {', '.join(stored)}: remove it")
+    return FeatureSet(
+        **{name: torch.from_numpy(values).to(extractor.device) for name, values in stored.items()}
+    )
 
 
 def cell_dir(config: StudyConfig, cell: Cell) -> Path:
