@@ -60,8 +60,10 @@ def test_a_cell_measures_its_model_on_the_device(given, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "pick_device", {"auto": META}.__getitem__)
     monkeypatch.setattr(study, "interval_losses", interval_losses)
+    config = study_of(given, tmp_path)
+    study.keep_start(config, load_model(config.init_from))
     with pytest.raises(InterruptedError):
-        study.run_cell(study_of(given, tmp_path), study.Cell("start", 0), torch.get_num_threads())
+        study.run_cell(config, study.Cell("start", 0), torch.get_num_threads())
     assert places == [META]
 
 

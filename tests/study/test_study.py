@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
@@ -263,6 +265,28 @@ def test_data_of_other_classes_than_the_start_are_refused_before_anything_is_wri
 def test_other_settings_in_the_same_directory_are_refused(finished):
     with pytest.raises(ValueError, match="steps was 4, now 5"):
         list(study(replace(finished, steps=5)))
+
+
+def test_a_study_keeps_the_weights_of_the_run_that_it_began_with(given, tmp_path):
+    """A run that trains on, and prunes its checkpoints, changes nothing of a study."""
+    shutil.copytree(given[2], tmp_path / "run")
+    config = config_for(
+        given, tmp_path / "study", init_from=str(tmp_path / "run"), variants="start"
+    )
+    began = load_model(tmp_path / "run")
+    list(study(config))
+    options = f"--num-bases 1 --num-experts 1 --steps 6 --keep-checkpoints 1 --data {given[0]}"
+    remixdit(f"train tiny {options} --output-dir {tmp_path}/run")
+    with pytest.raises(
+        ValueError,
+        match=rf"--from must be the model with which the study in {config.output_dir} began, "
+        rf"which is kept as {config.output_dir}/start, got other weights in {tmp_path}/run",
+    ):
+        list(study(config))
+    list(study(replace(config, init_from=str(config.output_dir / "start"))))
+    kept = load_model(config.output_dir / "start").state_dict()
+    assert all(map(torch.equal, kept.values(), began.state_dict().values()))
+    assert common_run(config, Cell("remix", 0), began).init_from == f"{config.output_dir}/start"
 
 
 def test_the_command_says_what_there_is_and_what_is_wrong(capsys):

@@ -32,6 +32,7 @@ __all__ = [
     "load_autoencoder",
     "scale_and_shift",
     "stored_name",
+    "weights_digest",
 ]
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class LatentAutoencoder:
         self.downsampling = 2 ** (len(self.config["block_out_channels"]) - 1)
         self.spec: Spec = {
             "name": name,
-            "digest": _weights_digest(network),
+            "digest": weights_digest(network),
             "scaling_factor": float(self.config["scaling_factor"]),
             "shift_factor": float(self.config.get("shift_factor") or 0.0),
             **_channel_statistics(self.config),
@@ -219,7 +220,7 @@ def _channel_statistics(config: Mapping[str, Any]) -> dict[str, list[float]]:
     return {"latents_mean": [float(v) for v in mean], "latents_std": [float(v) for v in std]}
 
 
-def _weights_digest(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     """Return a sha256 over names and values of all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -6,7 +6,8 @@ processes of their own, several at once where there is room; a study that was st
 the missing cells, and a stopped cell with its remaining steps.
 
     study/
-        config.json              the settings
+        config.json              the settings, and the digest of the model to start from
+        start/                   a copy of that model, as a run may train on meanwhile
         cells/remix/seed-0/      result.json, losses.npz, samples.png; while it trains, run/
         results.json, table.md, report.html
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 from remixdit.data import ShardDataset
-from remixdit.data.autoencoder import load_autoencoder
+from remixdit.data.autoencoder import load_autoencoder, weights_digest
 from remixdit.diffusion.costs import training_flops
 from remixdit.diffusion.intervals import Intervals
 from remixdit.distributed import pick_device
@@ -39,7 +40,7 @@ from remixdit.evaluation.image_sets import open_images
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
 from remixdit.figures.grids import image_grid
-from remixdit.files import write_file
+from remixdit.files import new_directory, write_file
 from remixdit.images.npy import npz_array, npz_names
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
@@ -53,7 +54,7 @@ from remixdit.study.variants import START, chosen_variants, independent_runs, ru
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training.loop import train
 from remixdit.training.optimizer import OptimizerConfig
-from remixdit.training.run import check_run, claim_run, read_metrics
+from remixdit.training.run import check_run, claim_run, read_metrics, stated_settings
 from remixdit.training.start import outline_of, side_of_data, training_strata
 
 __all__ = ["study"]
@@ -64,6 +65,9 @@ NUM_REFERENCE = 5000  # held-out images that samples are scored against, at most
 
 # Settings that may differ when a study is resumed.
 MAY_CHANGE = {"output_dir", "workers", "device", "variants", "seeds", "name"}
+MAY_CHANGE |= {"init_from", "start_digest"}  # the digest is compared, under whatever name
+
+START_DIR = "start"
 
 
 class Cell(NamedTuple):
@@ -75,12 +79,13 @@ class Cell(NamedTuple):
 
 def study(config: StudyConfig) -> Iterator[Progress]:
     """Run the missing cells, then write the report; progress is reported after every cell."""
-    cells = cells_of(config)
-    refuse_unfit(config, cells)
+    cells, start = cells_of(config), load_model(config.init_from)
+    refuse_unfit(config, cells, start)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = {**asdict(config), "output_dir": str(config.output_dir)}
+    settings = {**settings_of(config), "start_digest": weights_digest(start)}
     check_study(config.output_dir, settings)
     claim_run(config.output_dir, settings)
+    keep_start(config, start)
     missing = [cell for cell in cells if not result_path(config, cell).is_file()]
     done, stage = len(cells) - len(missing), f"study {config.name}"
     yield Progress(stage, done, len(cells))
@@ -91,13 +96,32 @@ def study(config: StudyConfig) -> Iterator[Progress]:
     write_results(config, cells)
 
 
+def settings_of(config: StudyConfig) -> dict[str, Any]:
+    """Return the settings of a study as JSON values."""
+    return {**asdict(config), "output_dir": str(config.output_dir)}
+
+
 def check_study(directory: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume under other settings, or in a directory that holds no study."""
-    path = directory / "config.json"
-    if not path.is_file() and any(directory.iterdir()):
+    stated = stated_settings(directory)
+    if stated is None and any(directory.iterdir()):
         raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
+    ours = settings["start_digest"]
+    if (stated or {}).get("start_digest", ours) != ours:
+        raise ValueError(
+            f"--from must be the model with which the study in {directory} began, which is kept as "
+            f"{directory / START_DIR}, got other weights in {settings['init_from']}"
+        )
     defaults = {field.name: field.default for field in fields(StudyConfig)}
     check_run(directory, settings, MAY_CHANGE, {k: v for k, v in defaults.items() if v != MISSING})
+
+
+def keep_start(config: StudyConfig, start: RemixDiT) -> None:
+    """Copy the model to start from into the study: every cell begins with the same weights."""
+    directory = config.output_dir / START_DIR
+    if not directory.is_dir():
+        with new_directory(directory) as beside:
+            start.save_pretrained(beside)
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
@@ -108,7 +132,7 @@ def cells_of(config: StudyConfig) -> list[Cell]:
     return [Cell(START, config.seed)] * (START in variants) + trained
 
 
-def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
+def refuse_unfit(config: StudyConfig, cells: list[Cell], start: RemixDiT) -> None:
     """Refuse, before any work, settings that would fail in some cell."""
     held = ShardDataset(Path(config.held_out))
     if config.num_held_out > len(held):
@@ -116,7 +140,6 @@ def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
             f"num_held_out must be at most the {len(held)} images of held_out, "
             f"got {config.num_held_out}"
         )
-    start = load_model(config.init_from)
     if start.num_experts > 1:
         raise ValueError(f"--from must be a plain DiT, got {start.num_experts} experts")
     ours = side_of("--from", start.config)
@@ -154,7 +177,7 @@ def run_cell(config: StudyConfig, cell: Cell, threads: int) -> None:
     torch.set_num_threads(threads)
     directory = cell_dir(config, cell)
     directory.mkdir(parents=True, exist_ok=True)
-    device, start = pick_device(config.device), load_model(config.init_from)
+    device, start = pick_device(config.device), load_model(config.output_dir / START_DIR)
     result: dict[str, Any] = {"variant": cell.variant, "seed": cell.seed, "images": 0}
     if cell.variant == START:
         model = start.to(device)
@@ -202,7 +225,7 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
     return TrainConfig(
         data=config.data,
         output_dir=cell_dir(config, cell) / "run",
-        init_from=config.init_from,
+        init_from=str(config.output_dir / START_DIR),
         steps=steps,
         batch_size=config.batch_size,
         seed=cell.seed + 1,  # another seed than the start's, whose batches it would repeat
@@ -339,6 +362,6 @@ def write_results(config: StudyConfig, cells: list[Cell]) -> None:
     """Write results.json, table.md and report.html of the cells that are finished."""
     found = [result_path(config, cell) for cell in cells]
     results = [json.loads(path.read_text("utf-8")) for path in found if path.is_file()]
-    settings = {**asdict(config), "output_dir": str(config.output_dir)}
+    settings = settings_of(config)
     summaries = {name: variant(name).summary for name in {cell.variant for cell in cells}}
     write_study(config.output_dir, settings, results, summaries)
