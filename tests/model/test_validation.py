@@ -63,6 +63,7 @@ FIELDS = [
     "boundaries",
     "prediction_type",
     "num_train_timesteps",
+    "rank",
     *(f"network.{name}" for name in ("input_size", "patch_size", "in_channels", "hidden_size")),
     *(f"network.{name}" for name in ("depth", "num_heads", "mlp_ratio", "num_classes")),
     *("network.learn_sigma", "network", "per_block", "class_names", "autoencoder", "license"),
