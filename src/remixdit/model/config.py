@@ -87,6 +87,9 @@ class RemixConfig:
             raise ValueError(
                 f"class_names must be {self.network.num_classes} names, got {len(self.class_names)}"
             )
+        self._settle_boundaries()
+
+    def _settle_boundaries(self) -> None:
         if self.boundaries is None:
             object.__setattr__(self, "boundaries", self._uniform().boundaries)
         elif len(self.boundaries) != self.num_experts + 1:
