@@ -195,8 +195,8 @@ def test_data_without_a_readable_image_leave_no_trace(tmp_path, capsys):
             "--from {}/colour --prediction-type v_prediction",
             "--prediction-type must be that of --from, epsilon, or be left out, got v_prediction",
         ),
-        ("--from {}/grey/data", "checkpoint must be a model directory or a run with one"),
-        ("--from {}/nowhere", "model must be a directory or a model of the hub"),
+        ("--from {}/grey/data", "--from: checkpoint must be a model directory or a run with one"),
+        ("--from {}/nowhere", "--from must be a model directory, a run or owner/name"),
     ],
 )
 def test_start_of_another_shape_is_refused(options, sentence, given, tmp_path, capsys):
@@ -377,3 +377,23 @@ def test_what_may_not_have_been_meant_gets_one_line(tmp_path, capsys):
         "remixdit: warmup_steps 5 is longer than the run of 1 steps",
         f"remixdit: {tmp_path}/photos/cat has no folders of classes, so no classes are learned",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nothing", "--from must be a model directory, a run or owner/name, got {0}/nothing"),
+        ("a.npz", "--from must be a model directory, a run or owner/name, got {0}/a.npz"),
+        (
+            "photos",
+            "--from: checkpoint must be a model directory or a run with one, got {0}/photos",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train tiny", "study table2 --held-out {0}/a.npz"])
+def test_a_start_that_is_no_model_is_named_by_its_flag(command, name, sentence, tmp_path, capsys):
+    write_npz(tmp_path / "a.npz")
+    write_folder(tmp_path / "photos", cat=1)
+    line = f"{command} --data {{0}}/a.npz --output-dir {{0}}/run --from {{0}}/{name}"
+    assert refusal(line.format(tmp_path), capsys) == sentence.format(tmp_path)
+    assert not (tmp_path / "run").exists()

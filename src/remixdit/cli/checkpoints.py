@@ -15,6 +15,7 @@ from remixdit.training.config import PRECISIONS
 __all__ = [
     "check_precision",
     "names_model",
+    "newest_start",
     "newest_weights",
     "open_autoencoder",
     "open_model",
@@ -44,6 +45,16 @@ def open_model(path: str, *, ema: bool, precision: str, device: torch.device) ->
     model = load_model(newest_weights(path, ema), ema=ema, device=str(device))
     model.sample_with(PRECISIONS[precision])
     return model
+
+
+def newest_start(path: str) -> None:
+    """Say which step of a run `--from` starts with; refuse what cannot be a model by that flag."""
+    try:
+        newest_weights(path)
+    except ValueError as error:
+        raise ValueError(f"--from: {error}") from error
+    if not Path(path).is_dir() and not is_hub_name(path):
+        raise ValueError(f"--from must be a model directory, a run or owner/name, got {path}")
 
 
 def newest_weights(path: str, ema: bool = True) -> str:
