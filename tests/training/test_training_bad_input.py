@@ -397,3 +397,31 @@ def test_a_start_that_is_no_model_is_named_by_its_flag(command, name, sentence, 
     line = f"{command} --data {{0}}/a.npz --output-dir {{0}}/run --from {{0}}/{name}"
     assert refusal(line.format(tmp_path), capsys) == sentence.format(tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            "train tiny --dta {0}/colour.npz --output-dir {0}/new",
+            "Unrecognized options: --dta, {0}/colour.npz; perhaps --data; required: --data STR",
+        ),
+        (
+            "plot {0}/colour/model",
+            "run must have lines in metrics.jsonl, got {0}/colour/model; its run is {0}/colour",
+        ),
+        ("sample {0}/colour.npz --output {0}/a.png", "model must be a directory or a model of"),
+        (
+            "encode {0}/colour.npz --output {0}/new --image-size 16 --autoencoder vae",
+            "autoencoder must be none, a directory, or owner/name on the hub, got vae",
+        ),
+        (
+            "losses {0}/colour --data {0}/colour.npz --against {0}/nowhere",
+            "{0}/nowhere: no such model, nor owner/name on the hub",
+        ),
+    ],
+)
+def test_a_careless_mistake_is_answered_by_what_was_meant(line, sentence, given, capsys):
+    before = files_below(given)
+    assert refusal(line.format(given), capsys).startswith(sentence.format(given))
+    assert files_below(given) == before
