@@ -1,5 +1,6 @@
 """An index.json from anywhere is checked once, before anything is taken from it."""
 
+import copy
 import json
 import os
 import random
@@ -154,7 +155,7 @@ def try_indices(directory: Path, seconds: float, seed: int) -> int:
             while isinstance(place, dict | list) and place:
                 key = draws.choice(list(place) if isinstance(place, dict) else range(len(place)))
                 if draws.random() < 0.4 or not isinstance(place[key], dict | list):
-                    place[key] = draws.choice(VALUES)
+                    place[key] = copy.deepcopy(draws.choice(VALUES))
                     break
                 place = place[key]
         write_index(directory, index)

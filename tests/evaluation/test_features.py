@@ -1,6 +1,8 @@
 import hashlib
+import io
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -382,3 +384,77 @@ def test_labels_that_are_no_integers_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", images(2, 4).numpy(), np.zeros((2, 10)))
     with pytest.raises(ValueError, match=r"arr_1 of .* must be integers \(B,\), got float64"):
         read_reference(tmp_path / "bad.npz").class_labels()
+
+
+def header(shape: tuple[int, ...], descr: str) -> bytes:
+    """The start of an .npy file that claims so much."""
+    file = io.BytesIO()
+    values = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, values)
+    return file.getvalue()
+
+
+def pickled() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([{}]), allow_pickle=True)
+    return file.getvalue()
+
+
+LYING = {
+    "statistics beyond the file": (
+        "mu.npy",
+        header((2**40,), "<f8"),
+        r"mu.npy must hold \d+ bytes",
+    ),
+    "covariance beyond the file": ("sigma.npy", header((2**20, 2**20), "<f8"), "must hold"),
+    "statistics that are a pickle": ("mu.npy", pickled(), "it holds Python objects"),
+    "statistics that are text": ("mu.npy", header((2,), "<U1") + b"a000b000", "must be numbers"),
+    "statistics of no feature": ("mu.npy", header((0,), "<f8"), r"got \(0,\) and \(2, 2\)"),
+    "images beyond the file": ("arr_0.npy", header((2**40, 4, 4, 3), "|u1"), "must hold"),
+    "labels that are a pickle": ("arr_1.npy", pickled(), "it holds Python objects"),
+    "labels beyond the file": ("arr_1.npy", header((2**40,), "<i8"), "must hold"),
+    "a header that is cut": ("arr_0.npy", b"\x93NUMPY\1\0v\0{'descr", "header cannot be read"),
+    "a header of another version": ("arr_0.npy", b"\x93NUMPY\x09\0v\0{'descr", "header cannot"),
+}
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_a_reference_with_a_lying_array_is_refused_and_not_allocated(
+    tmp_path: Path, name: str
+) -> None:
+    member, content, message = LYING[name]
+    path = tmp_path / "lying.npz"
+    np.savez(path, images(5, 4).numpy(), np.arange(5), mu=np.zeros(2), sigma=np.eye(2))
+    with zipfile.ZipFile(path) as archive:
+        members = {held: archive.read(held) for held in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for held, own in {**members, member: content}.items():
+            archive.writestr(held, own)
+    with pytest.raises(ValueError, match=message):
+        read_reference(path).class_labels()
+
+
+def test_statistics_that_unpack_to_far_more_than_any_extractor_gives_are_refused(
+    tmp_path: Path,
+) -> None:
+    path, size = tmp_path / "bomb.npz", 2**14 + 1
+    np.savez(path, mu=np.zeros(size))
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("sigma.npy", "w") as file,
+    ):
+        file.write(header((size, size), "|f2"))  # 512 MiB of zeros
+        for _ in range(size):
+            file.write(bytes(2 * size))
+    with pytest.raises(ValueError, match="must be 1 to 16384 numbers, got 16385"):
+        read_reference(path)
+
+
+def test_the_statistics_of_a_damaged_archive_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.npz"
+    np.savez_compressed(path, mu=np.random.default_rng(0).random(64), sigma=np.eye(64))
+    content = bytearray(path.read_bytes())
+    content[200:300] = bytes(100)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as npz"):
+        read_reference(path)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from remixdit.diffusion.dit import DiT
 from remixdit.interchange import export_dit, import_checkpoint
-from remixdit.interchange.sit import is_sit, refuse_other_path
+from remixdit.interchange.sit import kind_of_weights, refuse_other_path
 from remixdit.model.model import RemixDiT
 from tests.command_line import refusal, remixdit
 from tests.tiny import batch, tiny_dit
@@ -66,11 +66,48 @@ def test_integrating_either_way_round_gives_the_same_images(tmp_path):
 
 
 def test_a_sit_is_told_apart_by_its_weights():
-    assert is_sit(sit().state_dict())
-    assert not is_sit(tiny_dit(in_channels=3).state_dict())
-    assert not is_sit(tiny_dit(learn_sigma=False, in_channels=3).state_dict())
-    assert not is_sit(DiT(sit().config).state_dict())  # untrained: all of its outputs are zero
-    assert not is_sit({})
+    assert kind_of_weights(sit().state_dict()) == "sit"
+    assert kind_of_weights(tiny_dit(in_channels=3).state_dict()) == "dit"
+    for untold in (
+        tiny_dit(learn_sigma=False, in_channels=3).state_dict(),
+        DiT(sit().config).state_dict(),  # untrained: all of its outputs are zero
+        {},
+    ):
+        assert kind_of_weights(untold) is None
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "arguments", "said"),
+    [
+        (tiny_dit(in_channels=3), "SiT-B-2.pt", {}, "its name of a SiT, its weights of a DiT"),
+        (sit(), "DiT-B-2.pt", {}, "its name of a DiT, its weights of a SiT"),
+        (
+            tiny_dit(in_channels=3),
+            "0400000.pt",
+            {"path_type": "Linear"},
+            "its arguments of a SiT, its weights of a DiT",
+        ),
+        (
+            sit(learn_sigma=False),
+            "SiT-B-2.pt",
+            {"model": "DiT-B/2"},
+            "its arguments of a DiT, its name of a SiT",
+        ),
+    ],
+)
+def test_a_name_that_the_weights_or_the_arguments_contradict_is_asked_about(
+    network, name, arguments, said, tmp_path, capsys
+):
+    content = {"ema": network.state_dict(), "args": argparse.Namespace(**arguments)}
+    torch.save(content, tmp_path / name)
+    line = f"import {tmp_path}/{name} --output {tmp_path}/out --num-heads 2 --license mit"
+    line += " --input-size 8"
+    assert refusal(line, capsys) == (
+        f"timestep_embedding must be given for {name} (--timestep-embedding sit or dit), got none: "
+        f"{said}"
+    )
+    assert not (tmp_path / "out").exists()
+    remixdit(f"{line} --timestep-embedding dit")
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,18 @@ def test_what_models_state_is_kept():
         (
             {"hidden_size": 24},
             {},
-            r"hidden_size of networks\[1\] must be that of networks\[0\], 16",
+            r"hidden_size of networks\[1\] must be 16, as for networks\[0\], got 24",
         ),
-        ({}, {"num_train_timesteps": 50}, r"num_train_timesteps of networks\[1\] must be .* 1000"),
-        ({}, {"prediction_type": "v_prediction"}, r"prediction_type of .* epsilon, got v_pred"),
-        ({}, {"class_names": ("a", "b", "d")}, "class_names of .*'c'"),
-        ({}, {"autoencoder": {"name": "x", "scaling_factor": 1.0}}, "autoencoder scaling_factor"),
-        ({"timestep_embedding": "diffusers"}, {}, "timestep_embedding of .* dit, got diffusers"),
+        ({}, {"num_train_timesteps": 50}, r"num_train_timesteps of networks\[1\] must be 1000, "),
+        (
+            {},
+            {"prediction_type": "v_prediction"},
+            r"prediction_type of .* epsilon, as for .*, got v_pred",
+        ),
+        ({}, {"class_names": ("a", "b", "d")}, "classes of .* adds 'd' and lacks 'c'"),
+        ({}, {"class_names": ("b", "a", "c")}, r"class_names of .* in the order of networks\[0\]"),
+        ({}, {"autoencoder": {"name": "x", "scaling_factor": 1.0}}, "scaling_factor of the autoen"),
+        ({"timestep_embedding": "diffusers"}, {}, "timestep_embedding of .* dit, as for"),
     ],
 )
 def test_a_mismatch_is_named(shape, stated, message):

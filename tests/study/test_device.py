@@ -14,6 +14,7 @@ from remixdit.evaluation.subjects import files_subject
 from remixdit.model.loading import load_model
 from remixdit.study import cell
 from remixdit.study.config import StudyConfig
+from remixdit.study.study import keep_start
 from remixdit.training import trainer
 from remixdit.training.loop import train
 from remixdit.training.presets import train_config
@@ -60,8 +61,10 @@ def test_a_cell_measures_its_model_on_the_device(given, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cell, "pick_device", {"auto": META}.__getitem__)
     monkeypatch.setattr(cell, "interval_losses", interval_losses)
+    config = study_of(given, tmp_path)
+    keep_start(config, load_model(config.init_from))
     with pytest.raises(InterruptedError):
-        cell.run_cell(study_of(given, tmp_path), cell.Cell("start", 0), {}, torch.get_num_threads())
+        cell.run_cell(config, cell.Cell("start", 0), {}, torch.get_num_threads())
     assert places == [META]
 
 

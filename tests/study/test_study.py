@@ -2,17 +2,20 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.progress import finish
+from remixdit.study.cell import reference_of
 from remixdit.study.config import StudyConfig
 from remixdit.study.paired import paired
 from remixdit.study.report import result_table, those_of
@@ -27,6 +30,7 @@ from remixdit.study.variants import (
     variant,
 )
 from tests.command_line import refusal, remixdit, write_folder
+from tests.tiny import COLOURS
 
 
 def shards(directory: Path, count: int, seed: int) -> Path:
@@ -266,6 +270,28 @@ def test_other_settings_in_the_same_directory_are_refused(finished):
         list(study(replace(finished, steps=5)))
 
 
+def test_a_study_keeps_the_weights_of_the_run_that_it_began_with(given, tmp_path):
+    """A run that trains on, and prunes its checkpoints, changes nothing of a study."""
+    shutil.copytree(given[2], tmp_path / "run")
+    config = config_for(
+        given, tmp_path / "study", init_from=str(tmp_path / "run"), variants="start"
+    )
+    began = load_model(tmp_path / "run")
+    list(study(config))
+    options = f"--num-bases 1 --num-experts 1 --steps 6 --keep-checkpoints 1 --data {given[0]}"
+    remixdit(f"train tiny {options} --output-dir {tmp_path}/run")
+    with pytest.raises(
+        ValueError,
+        match=rf"--from must be the model with which the study in {config.output_dir} began, "
+        rf"which is kept as {config.output_dir}/start, got other weights in {tmp_path}/run",
+    ):
+        list(study(config))
+    list(study(replace(config, init_from=str(config.output_dir / "start"))))
+    kept = load_model(config.output_dir / "start").state_dict()
+    assert all(map(torch.equal, kept.values(), began.state_dict().values()))
+    assert common_run(config, Cell("remix", 0), began).init_from == f"{config.output_dir}/start"
+
+
 def test_the_command_says_what_there_is_and_what_is_wrong(capsys):
     remixdit("study --help")
     listed = capsys.readouterr().out
@@ -288,3 +314,14 @@ def test_a_variant_at_another_learning_rate_differs_in_nothing_else(given, tmp_p
     quarter, full = (run_config(variant(name), common) for name in ("published@0.25", "published"))
     assert quarter.optimizer.learning_rate == full.optimizer.learning_rate / 4
     assert replace(quarter, optimizer=full.optimizer) == full
+
+
+def test_kept_features_of_the_reference_are_checked_before_they_are_read(given, tmp_path):
+    config = config_for(given, tmp_path)
+    path = tmp_path / f"reference-{config.extractor}.npz"
+    np.savez(path, pool=np.array([{}]))
+    with pytest.raises(ValueError, match="it holds Python objects"):
+        reference_of(config, COLOURS)
+    np.savez(path, pools=np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="must hold features, got pools: remove it"):
+        reference_of(config, COLOURS)

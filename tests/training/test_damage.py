@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from remixdit.files import file_digest
+from remixdit.files import file_digest, locked
 from remixdit.model.state import read_state
 from tests.command_line import files_below, refusal, remixdit
 from tests.processes import assert_equal_runs
@@ -220,3 +220,15 @@ def test_the_step_of_a_checkpoint_elsewhere_is_not_that_of_a_name(whole, tmp_pat
     shutil.copytree(whole / "checkpoints/step-00000006", tmp_path / "best")
     assert read_state(tmp_path / "best").step == 6
     assert json.loads((tmp_path / "best/state.json").read_text())["skipped_steps"] == 0
+
+
+def test_a_run_that_another_process_is_writing_is_in_use_and_not_damaged(
+    whole, data, tmp_path, capsys
+):
+    run = damaged_run(whole, tmp_path, missing("state.json"))
+    before = files_below(run)
+    for options in ("", " --allow-older"):
+        with locked(run):
+            message = refusal(f"{line_of(data, run)} --steps 8{options}", capsys)
+        assert message.startswith(f"output_dir must be that of one run at a time, got {run}, to")
+        assert files_below(run) == before

@@ -220,6 +220,21 @@ def test_metrics_are_cut_back_to_the_checkpoint(data, tmp_path):
     assert read_metrics(run)[-1]["loss"] < 99
 
 
+def test_damaged_lines_of_metrics_are_left_out_with_a_warning(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    line = f"train tiny --data {data} --output-dir {run} --log-every 1"
+    remixdit(f"{line} --steps 4")
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "\0" * 20 + "\n", "[" * 100_000 + "\n", lines[3]]))
+    capsys.readouterr()
+    remixdit(f"{line} --steps 5")
+    assert f"{path}: 2 of 4 lines are damaged and left out, such as line 2" in (
+        capsys.readouterr().err
+    )
+    assert [row["step"] for row in read_metrics(run)] == [1, 4, 5]
+
+
 def test_finished_run_says_so(data, unbroken, capsys):
     before = (unbroken / "metrics.jsonl").read_bytes()
     remixdit(f"train tiny --data {data} --output-dir {unbroken} --log-every 7")

@@ -108,7 +108,7 @@ def test_a_network_of_another_shape_is_named(data, networks, tmp_path, capsys):
     other = save_model(tmp_path / "other", 5, num_experts=1, prediction_type="v_prediction")
     told = refusal(line(data, tmp_path / "run", [*networks[:2], str(other)]), capsys)
     assert told == (
-        f"prediction_type of {other} must be that of {networks[0]}, epsilon, got v_prediction"
+        f"prediction_type of {other} must be epsilon, as for {networks[0]}, got v_prediction"
     )
     mixture = save_model(tmp_path / "mixture", 6)
     told = refusal(line(data, tmp_path / "run", [*networks[:2], str(mixture)]), capsys)

@@ -195,8 +195,8 @@ def test_data_without_a_readable_image_leave_no_trace(tmp_path, capsys):
             "--from {}/colour --prediction-type v_prediction",
             "--prediction-type must be that of --from, epsilon, or be left out, got v_prediction",
         ),
-        ("--from {}/grey/data", "checkpoint must be a model directory or a run with one"),
-        ("--from {}/nowhere", "model must be a directory or a model of the hub"),
+        ("--from {}/grey/data", "--from: checkpoint must be a model directory or a run with one"),
+        ("--from {}/nowhere", "--from must be a model directory, a run or owner/name"),
     ],
 )
 def test_start_of_another_shape_is_refused(options, sentence, given, tmp_path, capsys):
@@ -377,3 +377,51 @@ def test_what_may_not_have_been_meant_gets_one_line(tmp_path, capsys):
         "remixdit: warmup_steps 5 is longer than the run of 1 steps",
         f"remixdit: {tmp_path}/photos/cat has no folders of classes, so no classes are learned",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nothing", "--from must be a model directory, a run or owner/name, got {0}/nothing"),
+        ("a.npz", "--from must be a model directory, a run or owner/name, got {0}/a.npz"),
+        (
+            "photos",
+            "--from: checkpoint must be a model directory or a run with one, got {0}/photos",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train tiny", "study table2 --held-out {0}/a.npz"])
+def test_a_start_that_is_no_model_is_named_by_its_flag(command, name, sentence, tmp_path, capsys):
+    write_npz(tmp_path / "a.npz")
+    write_folder(tmp_path / "photos", cat=1)
+    line = f"{command} --data {{0}}/a.npz --output-dir {{0}}/run --from {{0}}/{name}"
+    assert refusal(line.format(tmp_path), capsys) == sentence.format(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            "train tiny --dta {0}/colour.npz --output-dir {0}/new",
+            "Unrecognized options: --dta, {0}/colour.npz; perhaps --data; required: --data STR",
+        ),
+        (
+            "plot {0}/colour/model",
+            "run must have lines in metrics.jsonl, got {0}/colour/model; its run is {0}/colour",
+        ),
+        ("sample {0}/colour.npz --output {0}/a.png", "model must be a directory or a model of"),
+        (
+            "encode {0}/colour.npz --output {0}/new --image-size 16 --autoencoder vae",
+            "autoencoder must be none, a directory, or owner/name on the hub, got vae",
+        ),
+        (
+            "losses {0}/colour --data {0}/colour.npz --against {0}/nowhere",
+            "{0}/nowhere: no such model, nor owner/name on the hub",
+        ),
+    ],
+)
+def test_a_careless_mistake_is_answered_by_what_was_meant(line, sentence, given, capsys):
+    before = files_below(given)
+    assert refusal(line.format(given), capsys).startswith(sentence.format(given))
+    assert files_below(given) == before

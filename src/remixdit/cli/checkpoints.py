@@ -7,6 +7,7 @@ import torch
 from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
 from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
+from remixdit.images.hub import is_hub_name
 from remixdit.model.loading import find_model, load_model
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
@@ -14,6 +15,7 @@ from remixdit.training.config import PRECISIONS
 __all__ = [
     "check_precision",
     "names_model",
+    "newest_start",
     "newest_weights",
     "open_autoencoder",
     "open_model",
@@ -36,14 +38,6 @@ def names_model(path: str) -> bool:
     return is_hub_name(path)
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether something that does not exist may be a model of the hub, owner/name."""
-    found = Path(path)
-    if found.exists() or found.is_absolute() or found.suffix:
-        return False
-    return len(found.parts) == 2 and not found.parent.exists()
-
-
 def open_model(path: str, *, ema: bool, precision: str, device: torch.device) -> RemixDiT:
     """Load a model to a device, in its precision."""
     if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
@@ -51,6 +45,16 @@ def open_model(path: str, *, ema: bool, precision: str, device: torch.device) ->
     model = load_model(newest_weights(path, ema), ema=ema, device=str(device))
     model.sample_with(PRECISIONS[precision])
     return model
+
+
+def newest_start(path: str) -> None:
+    """Say which step of a run `--from` starts with; refuse what cannot be a model by that flag."""
+    try:
+        newest_weights(path)
+    except ValueError as error:
+        raise ValueError(f"--from: {error}") from error
+    if not Path(path).is_dir() and not is_hub_name(path):
+        raise ValueError(f"--from must be a model directory, a run or owner/name, got {path}")
 
 
 def newest_weights(path: str, ema: bool = True) -> str:

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.checkpoints import newest_start
 from remixdit.cli.terminal import Bar, say
 from remixdit.study.config import StudyConfig
 from remixdit.study.study import study
@@ -50,7 +50,7 @@ def run(args: Sequence[str]) -> None:
     if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"study must run in one process, without torchrun, got {count} processes")
     config = base_config(parse(StudyArguments, args, "study"), StudyConfig)
-    newest_weights(config.init_from)  # says which step the variants start from
+    newest_start(config.init_from)  # says which step the variants start from
     try:
         with Bar(f"study {config.name}", 1) as bar:
             for progress in study(config):

@@ -11,7 +11,7 @@ import tyro
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.checkpoints import newest_start
 from remixdit.cli.signals import TEMPORARY, stopped_by_signals
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.loading import newest_checkpoint, steps_done
@@ -65,7 +65,7 @@ def run(args: Sequence[str]) -> None:
     check_start(name, config.init_from)
     if config.init_from and newest_checkpoint(config.output_dir) is None:
         for given in (config.init_from, *config.further_bases):
-            newest_weights(given)  # says which step the run starts from
+            newest_start(given)  # says which step the run starts from
     stop = Stop()
     try:
         with stopped_by_signals(stop):

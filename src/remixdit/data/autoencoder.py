@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from remixdit.images.hub import downloaded, is_hub_name
+
 __all__ = [
     "Autoencoder",
     "LatentAutoencoder",
@@ -30,9 +32,15 @@ __all__ = [
     "load_autoencoder",
     "scale_and_shift",
     "stored_name",
+    "weights_digest",
 ]
 
+logger = logging.getLogger(__name__)
+
 Spec = Mapping[str, Any]
+
+CONFIG = "config.json"
+WEIGHTS = tuple(f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin"))
 
 
 class Pixels:
@@ -62,7 +70,7 @@ class LatentAutoencoder:
         self.downsampling = 2 ** (len(self.config["block_out_channels"]) - 1)
         self.spec: Spec = {
             "name": name,
-            "digest": _weights_digest(network),
+            "digest": weights_digest(network),
             "scaling_factor": float(self.config["scaling_factor"]),
             "shift_factor": float(self.config.get("shift_factor") or 0.0),
             **_channel_statistics(self.config),
@@ -132,6 +140,7 @@ def load_autoencoder(
 
     Raises:
         ValueError: It cannot be loaded, or is another one than the spec describes.
+        ConnectionError: It is to be downloaded, and the hub cannot be reached.
     """
     if spec is None or spec == "none" or (isinstance(spec, Mapping) and spec["name"] == "none"):
         return Pixels()
@@ -165,17 +174,38 @@ def scale_and_shift(spec: Spec) -> tuple[Tensor, Tensor]:
 def _from_pretrained(name: str) -> LatentAutoencoder:
     from diffusers import AutoencoderKL
 
-    is_local = Path(name).is_dir()
-    subfolder = "vae" if is_local and (Path(name) / "vae").is_dir() else None
+    directory = Path(name) if Path(name).is_dir() else _from_hub(name)
+    subfolder = "vae" if (directory / "vae").is_dir() else None
     _quiet_diffusers()
     try:
         network = AutoencoderKL.from_pretrained(
-            name, subfolder=subfolder, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            str(directory),
+            subfolder=subfolder,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"autoencoder {name} cannot be loaded: {first_line}") from error
     return LatentAutoencoder(network, stored_name(name))
+
+
+def _from_hub(name: str) -> Path:
+    """Return where an autoencoder of the hub was downloaded to, now or before."""
+    if not is_hub_name(name):
+        raise ValueError(
+            f"autoencoder must be none, a directory, or owner/name on the hub, got {name}"
+        )
+    for is_cached in (True, False):
+        if not is_cached:  # the name may be that of a model's file, and not the user's
+            logger.warning("looking for the autoencoder %s on the Hugging Face hub", name)
+        for weights in WEIGHTS:
+            files = [f"{folder}{file}" for folder in ("", "vae/") for file in (CONFIG, weights)]
+            directory = downloaded(name, files, is_cached=is_cached)
+            if directory and any((directory / file).is_file() for file in files[1::2]):
+                return directory
+    raise ValueError(f"autoencoder must be one of diffusers, with {WEIGHTS[0]}, got {name}")
 
 
 def _quiet_diffusers() -> None:
@@ -190,7 +220,7 @@ def _channel_statistics(config: Mapping[str, Any]) -> dict[str, list[float]]:
     return {"latents_mean": [float(v) for v in mean], "latents_std": [float(v) for v in std]}
 
 
-def _weights_digest(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     """Return a sha256 over names and values of all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -146,7 +146,7 @@ def read_npz(path: Path) -> Reference | None:
     """Return an .npz of images; None if another reader should try it, or report the error."""
     try:
         reference = read_reference(path)
-    except (ValueError, OSError, EOFError, KeyError):
+    except (ValueError, OSError):
         return None
     return None if reference.image_shape is None else reference
 

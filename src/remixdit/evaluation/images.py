@@ -22,6 +22,7 @@ from remixdit.evaluation.image_sets import ImageSet, check_npz, npz_images, open
 from remixdit.evaluation.left_out import LeftOut, measured
 from remixdit.evaluation.scores import scores
 from remixdit.evaluation.subjects import Subject
+from remixdit.images.npy import npz_names
 from remixdit.machine import machine
 from remixdit.progress import Progress
 
@@ -218,9 +219,7 @@ def statistics_in(path: Path) -> Reference | None:
     if path.suffix != ".npz" or not path.is_file():
         return None
     check_npz(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        names = arrays.files
-    return read_reference(path) if "mu" in names else None
+    return read_reference(path) if "mu" in npz_names(path) else None
 
 
 def open_train(

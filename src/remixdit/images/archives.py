@@ -3,17 +3,13 @@
 import gzip
 import importlib.util
 import json
-import lzma
-import math
 import tarfile
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from remixdit.images.npy import npy_header
+from remixdit.images.npy import ZIP_ERRORS, npz_array, npz_names
 from remixdit.images.source import (
     MAX_FILE_BYTES,
     UNLABELLED,
@@ -25,17 +21,7 @@ from remixdit.images.source import (
 
 __all__ = ["mnist5k_source", "npz_source", "tar_source"]
 
-ARCHIVE_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    tarfile.TarError,
-    EOFError,
-    NotImplementedError,  # a compression that is unknown
-    RuntimeError,  # a password, or JSON of a hundred thousand brackets
-    MemoryError,
-    OverflowError,
-)
+TAR_ERRORS = (*ZIP_ERRORS, tarfile.TarError)  # a compressed member fails as in a zip archive
 MAX_LABEL = 2**31 - 1
 MAX_LABEL_BYTES = 2**20  # of a .cls or .json beside an image
 TAR_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -54,30 +40,9 @@ class ArrayReader:
 
 def npz_source(path: Path) -> Source:
     """Open ADM's layout: `arr_0` (n, H, W, 1 or 3) uint8, and labels in `arr_1`, if any."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                held = ", ".join(name.removesuffix(".npy") for name in names)
-                raise ValueError(f"it must hold images in arr_0, got {held}")
-            pixels = _npy_member(archive, "arr_0.npy")
-            labels = _npy_member(archive, "arr_1.npy") if "arr_1.npy" in names else None
-    except (ValueError, *ARCHIVE_ERRORS) as error:
-        raise ValueError(f"{path} cannot be read as npz: {error}") from error
+    pixels = npz_array(path, "arr_0")
+    labels = npz_array(path, "arr_1") if "arr_1" in npz_names(path) else None
     return _array_source(path.name, pixels, labels)
-
-
-def _npy_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Read an array whose header and size agree: what a lying header asks for is not allocated."""
-    with archive.open(name) as file:
-        shape, _, dtype = npy_header(file)
-        num_bytes = file.tell() + math.prod(shape) * dtype.itemsize
-    stored = archive.getinfo(name).file_size
-    if num_bytes != stored:
-        raise ValueError(f"{name} must hold {num_bytes} bytes for {shape} {dtype}, got {stored}")
-    with archive.open(name) as file:
-        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-    return array
 
 
 def mnist5k_source() -> Source:
@@ -165,7 +130,7 @@ def _index_tar(path: Path, number: int, members: list[TarMember], labels: list[i
                     label = _tar_label(path, info.name, file.read(MAX_LABEL_BYTES))
                     if label is not None:
                         label_of[key] = label
-    except ARCHIVE_ERRORS as error:
+    except TAR_ERRORS as error:
         raise ValueError(f"{path} cannot be read as tar: {error}") from error
     members += found.values()
     labels += (label_of.get(key, UNLABELLED) for key in found)

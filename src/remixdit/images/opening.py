@@ -4,6 +4,7 @@ from pathlib import Path
 
 from remixdit.images.archives import mnist5k_source, npz_source, tar_source
 from remixdit.images.folders import folder_source
+from remixdit.images.hub import is_hub_name
 from remixdit.images.source import Source
 from remixdit.images.tables import hub_source, parquet_source
 
@@ -35,8 +36,7 @@ def open_source(path_or_name: str | Path, split: str | None = None) -> Source:
             return _open_file(path, split)
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error
-    # A mistyped path must not wait for the network: on the hub there is an owner, here no folder.
-    if path.is_absolute() or path.suffix or len(path.parts) != 2 or path.parent.exists():
+    if not is_hub_name(path_or_name):  # a mistyped path must not wait for the network
         raise ValueError(f"{path_or_name}: no such file or folder, nor owner/name on the hub")
     return hub_source(path.as_posix(), split)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remixdit.data.autoencoder import stored_name
+from remixdit.images.hub import is_hub_name
 from remixdit.model.diffusers_dit import is_diffusers
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
@@ -26,9 +27,7 @@ REMARK = (
 
 def names_directory(source: Path) -> bool:
     """Whether a source is a directory, or may be owner/name on the hub, rather than a file."""
-    if source.is_dir():
-        return True
-    return not (source.exists() or source.suffix or source.is_absolute()) and len(source.parts) == 2
+    return source.is_dir() or (not source.exists() and is_hub_name(source))
 
 
 def open_directory(source: Path) -> RemixDiT:

@@ -21,7 +21,7 @@ from remixdit.interchange.layout import (
     mixed_in,
     without_prefix,
 )
-from remixdit.interchange.sit import as_flow, is_sit, is_stated_sit, refuse_other_path
+from remixdit.interchange.sit import as_flow, kind_of, refuse_other_path
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 
@@ -146,7 +146,7 @@ def embedding_in(path: Path, state: Mapping[str, Tensor], stated: Mapping[str, s
     """Return the embedding of timesteps in a file: that of a SiT, if it is one, else a DiT's."""
     if "boundaries" in stated:  # one of our own exports
         return "dit"
-    return "sit" if is_sit(state) or is_stated_sit(path.name, stated) else "dit"
+    return kind_of(path.name, state, stated)
 
 
 def stated_number(stated: Mapping[str, str], name: str) -> int | None:

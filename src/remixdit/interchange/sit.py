@@ -17,27 +17,63 @@ from torch import Tensor
 
 from remixdit.interchange.layout import PATCHES
 
-__all__ = ["as_flow", "is_sit", "is_stated_sit", "refuse_other_path"]
+__all__ = ["as_flow", "kind_of", "kind_of_weights", "refuse_other_path"]
 
 LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
-NAME = re.compile(r"(?<![A-Za-z])SiT(?![a-z])")  # SiT-XL-2-256x256.pt, SiT-B/2
+KINDS = {"sit": "SiT", "dit": "DiT"}
+NAMES = {kind: re.compile(rf"(?<![A-Za-z]){name}(?![a-z])") for kind, name in KINDS.items()}
 
 
-def is_sit(state: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are of a SiT with a second half of outputs, as all published ones have.
+def kind_of(file_name: str, state: Mapping[str, Tensor], stated: Mapping[str, str]) -> str:
+    """Return the embedding of timesteps in a file, "sit" or "dit": the latter if nothing tells.
 
-    Nothing trains that half, so it is still zero, as it began; a DiT learns variances there.
+    Args:
+        file_name: Name of the file.
+        state: Its weights.
+        stated: Arguments of its training run.
+
+    Raises:
+        ValueError: Name, arguments and weights contradict each other.
     """
-    parts = [outputs_in(state, name) for name in LAST]
-    used = any(part is not None and bool(part[:, 0].any()) for part in parts)
-    return used and not any(part is None or bool(part[:, 1].any()) for part in parts)
+    found = {
+        "its arguments": kind_of_run(stated),
+        "its name": kind_named(file_name),
+        "its weights": kind_of_weights(state),
+    }
+    told = {place: kind for place, kind in found.items() if kind}
+    if len(set(told.values())) > 1:
+        said = ", ".join(f"{place} of a {KINDS[kind]}" for place, kind in told.items())
+        raise ValueError(
+            f"timestep_embedding must be given for {file_name} (--timestep-embedding sit or dit), "
+            f"got none: {said}"
+        )
+    return next(iter(told.values()), "dit")
 
 
-def is_stated_sit(file_name: str, stated: Mapping[str, str]) -> bool:
-    """Whether a file is called a SiT, or the arguments of its training run are those of one."""
+def kind_of_run(stated: Mapping[str, str]) -> str | None:
+    """Return what the arguments of a training run are of, None if they do not tell."""
     if "path_type" in stated or stated.get("prediction", "noise") != "noise":
-        return True
-    return any(NAME.search(name) for name in (file_name, stated.get("model", "")))
+        return "sit"
+    return kind_named(stated.get("model", ""))
+
+
+def kind_named(name: str) -> str | None:
+    """Return what something is called, None if it is neither or both: SiT-XL-2-256x256.pt."""
+    called = [kind for kind, pattern in NAMES.items() if pattern.search(name)]
+    return called[0] if len(called) == 1 else None
+
+
+def kind_of_weights(state: Mapping[str, Tensor]) -> str | None:
+    """Return what the weights are of, None if they do not tell.
+
+    All published SiTs have a second half of outputs. Nothing trains it, so it is still zero, as it
+    began; a DiT learns variances there.
+    """
+    parts = [part for name in LAST if (part := outputs_in(state, name)) is not None]
+    halves = [any(bool(part[:, half].any()) for part in parts) for half in (0, 1)]
+    if halves[1]:
+        return "dit"
+    return "sit" if halves[0] and len(parts) == len(LAST) else None
 
 
 def as_flow(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

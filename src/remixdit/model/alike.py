@@ -1,12 +1,13 @@
 """Several networks that are to become one model: what they state is compared."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from remixdit.diffusion.dit import DiT
 from remixdit.model.config import RemixConfig
+from remixdit.model.match import match, refuse_other, side_of
 
 if TYPE_CHECKING:
     from remixdit.model.model import RemixDiT
@@ -54,33 +55,15 @@ def refuse_other_model(own: RemixConfig, other: RemixConfig, name: str, other_na
         raise ValueError(
             f"num_experts of {other_name} must be 1, a plain DiT, got {other.num_experts}"
         )
-    for field, wanted, found in compared(own, other):
-        refuse_other(field, wanted, found, name, other_name)
-
-
-def compared(own: RemixConfig, other: RemixConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what two models state: the field, and the value of each.
-
-    Of autoencoders only what both state is compared: the same weights may have two names, of
-    which one says no more.
-    """
-    network, others = asdict(own.network), asdict(other.network)
-    for field, wanted in network.items():
-        yield field, wanted, others[field]
-    for field in ("prediction_type", "num_train_timesteps"):
-        yield field, getattr(own, field), getattr(other, field)
-    if own.class_names and other.class_names:
-        yield "class_names", own.class_names, other.class_names
-    ours, theirs = own.autoencoder, other.autoencoder
-    both = sorted((ours.keys() & theirs.keys()) - {"name"})
-    for field in both or ["name"]:
-        yield f"autoencoder {field}", ours[field], theirs[field]
-
-
-def refuse_other(field: str, wanted: Any, found: Any, name: str, other_name: str) -> None:
-    """Refuse a field that differs between two networks."""
-    if wanted != found:
-        raise ValueError(f"{field} of {other_name} must be that of {name}, {wanted}, got {found}")
+    shape = asdict(other.network)
+    for field, wanted in asdict(own.network).items():
+        refuse_other(field, wanted, shape[field], name, other_name)
+    labels = match(side_of(name, own), side_of(other_name, other))
+    if list(labels) != sorted(labels):
+        raise ValueError(
+            f"class_names of {other_name} must be in the order of {name}, {own.class_names}, "
+            f"got {other.class_names}"
+        )
 
 
 def boundaries_at(

@@ -26,7 +26,7 @@ LATER = {"timestep_embedding"}
 LARGEST = {
     **{"input_size": 2**14, "patch_size": 2**14, "in_channels": 2**14, "hidden_size": 2**16},
     **{"depth": 512, "num_heads": 2**12, "mlp_ratio": 256, "num_classes": 10**7},
-    **{"num_bases": 2**12, "num_experts": 2**14, "num_train_timesteps": 10**6},
+    **{"num_bases": 2**12, "num_experts": 2**14, "num_train_timesteps": 10**6, "rank": 2**16},
 }
 MOST_NUMBERS = 2**25  # of one table that is computed, not read
 MOST_PATTERNS = 100
@@ -66,6 +66,8 @@ class RemixConfig:
     def __post_init__(self) -> None:
         """Refuse fields that do not fit together; fill in the boundaries."""
         check_counts(self.num_bases, self.num_experts)
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
         if self.coefficients not in KINDS:
             raise ValueError(
                 f"coefficients must be one of {', '.join(KINDS)}, got {self.coefficients!r}"
@@ -85,6 +87,9 @@ class RemixConfig:
             raise ValueError(
                 f"class_names must be {self.network.num_classes} names, got {len(self.class_names)}"
             )
+        self._settle_boundaries()
+
+    def _settle_boundaries(self) -> None:
         if self.boundaries is None:
             object.__setattr__(self, "boundaries", self._uniform().boundaries)
         elif len(self.boundaries) != self.num_experts + 1:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from json import JSONDecodeError
 from pathlib import Path
 
+from remixdit.images.hub import downloaded, is_hub_name, reason
+
 __all__ = ["Upload", "check_name", "check_token", "download", "upload"]
 
 Upload = Path | bytes  # a file as it is on the disk, or its content
@@ -45,32 +47,12 @@ def check_token() -> None:
 
 def download(repo_id: str) -> Path:
     """Download a model of the hub into the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    owner, slash, name = repo_id.partition("/")
-    if not (owner and slash and name) or "/" in name or Path(owner).exists():
+    found = downloaded(repo_id, WANTED) if is_hub_name(repo_id) else None
+    if found and lacks_weights(found):
+        found = downloaded(repo_id, [*WANTED, EARLIER])
+    if found is None:
         raise ValueError(f"model must be a directory or a model of the hub, got {repo_id!r}")
-    try:
-        found = Path(snapshot_download(repo_id, allow_patterns=[*WANTED]))
-        if lacks_weights(found):
-            found = Path(snapshot_download(repo_id, allow_patterns=[*WANTED, EARLIER]))
-        return found
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{repo_id} is no directory, and the Hugging Face Hub cannot be reached to look for it"
-        ) from error
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise ValueError(
-            f"model must be a directory or a model of the hub, got {repo_id!r}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise ConnectionError(f"{repo_id} cannot be downloaded: {reason(error)}") from error
+    return found
 
 
 def lacks_weights(directory: Path) -> bool:
@@ -113,22 +95,3 @@ def upload(repo_id: str, files: Mapping[str, Upload], private: bool = False) -> 
             raise  # a file of the model
         raise ConnectionError(f"{repo_id} cannot be uploaded: {reason(error)}") from error
     return str(address)
-
-
-def reason(error: BaseException) -> str:
-    """Return why the hub could not be written or read, and what to do."""
-    from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.errors import HfHubHTTPError
-
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    answers = [e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)]
-    if not answers:
-        return f"{ENDPOINT} cannot be reached; check the network, then give the same command again"
-    if answers[0] in (401, 403):
-        return (
-            f"the hub refuses the token ({answers[0]}); log in with `hf auth login` and a token "
-            "that may write there"
-        )
-    return f"the hub answers {answers[0]}; give the same command again later"

@@ -10,7 +10,15 @@ from typing import Any
 
 from remixdit.model.config import RemixConfig
 
-__all__ = ["ClassesDifferError", "Side", "are_numbers", "match", "match_autoencoders", "side_of"]
+__all__ = [
+    "ClassesDifferError",
+    "Side",
+    "are_numbers",
+    "match",
+    "match_autoencoders",
+    "refuse_other",
+    "side_of",
+]
 
 
 class ClassesDifferError(ValueError):
@@ -70,14 +78,26 @@ def match(model: Side, other: Side, *, subset: bool = False) -> tuple[int, ...]:
     """
     for field in ("prediction_type", "num_train_timesteps", "latent_shape"):
         wanted, found = getattr(model, field), getattr(other, field)
-        if None not in (wanted, found) and wanted != found:
-            raise ValueError(
-                f"{field} of {other.name} must be {wanted}, as for {model.name}, got {found}"
-            )
+        if None not in (wanted, found):
+            refuse_other(field, wanted, found, model.name, other.name)
     match_autoencoders(model, other)
     if subset and not model.num_classes:
         return ()
     return match_classes(model, other, subset)
+
+
+def refuse_other(field: str, wanted: Any, found: Any, name: str, other_name: str) -> None:
+    """Refuse a field that differs.
+
+    Args:
+        field: Name of the field.
+        wanted: Its value on the one side.
+        found: Its value on the other side.
+        name: Name of the one side in errors.
+        other_name: Name of the other side.
+    """
+    if wanted != found:
+        raise ValueError(f"{field} of {other_name} must be {wanted}, as for {name}, got {found}")
 
 
 def match_autoencoders(model: Side, other: Side) -> None:
@@ -86,26 +106,15 @@ def match_autoencoders(model: Side, other: Side) -> None:
     Only fields that both sides give are compared: an imported model may know no more than a name,
     and the same weights may have another name.
     """
-    own, found = model.autoencoder, other.autoencoder
+    own, found, names = model.autoencoder, other.autoencoder, (model.name, other.name)
     for field in sorted((own.keys() & found.keys()) - {"name"}):
-        if own[field] != found[field]:
-            raise ValueError(
-                f"{field} of the autoencoder of {other.name} must be {own[field]}, as for "
-                f"{model.name}, got {found[field]}"
-            )
+        refuse_other(f"{field} of the autoencoder", own[field], found[field], *names)
     for one, another in ((model, other), (other, model)):
         if "digest" in one.autoencoder and are_pixels(another):
-            raise ValueError(
-                f"autoencoder of {other.name} must be {own['name']}, as for {model.name}, "
-                f"got {found['name']}"
-            )
-    if not {"digest"} & (own.keys() | found.keys()):  # nothing but names
-        names = {own["name"], found["name"]} - {"none"}
-        if len(names) > 1:
-            raise ValueError(
-                f"autoencoder of {other.name} must be {own['name']}, as for {model.name}, "
-                f"got {found['name']}"
-            )
+            refuse_other("autoencoder", own["name"], found["name"], *names)
+    is_known = "none" not in (own["name"], found["name"])
+    if is_known and "digest" not in own.keys() | found.keys():  # nothing but names
+        refuse_other("autoencoder", own["name"], found["name"], *names)
 
 
 def are_pixels(side: Side) -> bool:

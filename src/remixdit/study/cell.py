@@ -35,6 +35,7 @@ from remixdit.evaluation.merging import MergeConfig, search
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_shifts
 from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
+from remixdit.images.npy import npz_array, npz_names
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
 from remixdit.model.merging import merged
@@ -42,7 +43,15 @@ from remixdit.model.model import RemixDiT
 from remixdit.progress import finish
 from remixdit.sampling.sampler import SamplingConfig, sample
 from remixdit.study.config import GRID_IMAGES, StudyConfig
-from remixdit.study.runs import Cell, cell_dir, first_parts, goals_of, parts_of, result_path
+from remixdit.study.runs import (
+    START_DIR,
+    Cell,
+    cell_dir,
+    first_parts,
+    goals_of,
+    parts_of,
+    result_path,
+)
 from remixdit.study.variants import START, variant
 from remixdit.training.config import TrainConfig
 from remixdit.training.loop import train
@@ -69,7 +78,7 @@ def run_cell(config: StudyConfig, cell: Cell, ratios: dict[str, float], threads:
     torch.set_num_threads(threads)
     directory = cell_dir(config, cell)
     directory.mkdir(parents=True, exist_ok=True)
-    device, start = pick_device(config.device), load_model(config.init_from)
+    device, start = pick_device(config.device), load_model(config.output_dir / START_DIR)
     result: dict[str, Any] = {"variant": cell.variant, "seed": cell.seed, "images": 0}
     if cell.variant == START:
         model = start.to(device)
@@ -298,6 +307,9 @@ def reference_of(config: StudyConfig, extractor: Extractor) -> FeatureSet:
                 np.savez(file, **kept)
 
         write_file(path, write, shared=True)  # cells run at once
-    with np.load(path) as file:
-        kept = {name: torch.from_numpy(file[name]).to(extractor.device) for name in file.files}
-    return FeatureSet(**kept)
+    stored = {name: npz_array(path, name) for name in npz_names(path)}
+    if not {"pool"} <= stored.keys() <= set(FeatureSet._fields):
+        raise ValueError(f"{path} must hold features, got {', '.join(stored)}: remove it")
+    return FeatureSet(
+        **{name: torch.from_numpy(values).to(extractor.device) for name, values in stored.items()}
+    )

@@ -17,6 +17,7 @@ from remixdit.training.optimizer import OptimizerConfig
 
 __all__ = [
     "REFERENCE",
+    "START_DIR",
     "Cell",
     "cell_dir",
     "common_run",
@@ -28,6 +29,7 @@ __all__ = [
     "starts_of",
 ]
 
+START_DIR = "start"  # copy of the model that all cells start from
 REFERENCE = "stratified"  # variant whose seconds are everybody's budget
 
 
@@ -93,7 +95,7 @@ def first_parts(config: StudyConfig, cell: Cell, start: RemixDiT) -> tuple[Train
 
 def starts_of(config: StudyConfig, first: tuple[TrainConfig, ...]) -> tuple[str, ...]:
     """Return the models from which a cell's own run starts."""
-    return tuple(str(part.output_dir) for part in first) or (config.init_from,)
+    return tuple(str(part.output_dir) for part in first) or (str(config.output_dir / START_DIR),)
 
 
 def parts_of(
@@ -131,7 +133,7 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
     return TrainConfig(
         data=config.data,
         output_dir=cell_dir(config, cell) / "run",
-        init_from=config.init_from,
+        init_from=str(config.output_dir / START_DIR),
         steps=steps,
         batch_size=config.batch_size,
         seed=cell.seed + 1,  # another seed than the start's, whose batches it would repeat

@@ -21,7 +21,7 @@ from remixdit.machine import machine
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.study.config import StudyConfig
-from remixdit.study.runs import REFERENCE, Cell, common_run, speed_name
+from remixdit.study.runs import REFERENCE, START_DIR, Cell, common_run, speed_name
 from remixdit.study.variants import START, chosen_variants, independent_runs, run_config, variant
 from remixdit.training.config import TrainConfig
 from remixdit.training.start import outline_of, settled, starting_model
@@ -56,7 +56,7 @@ def missing_speeds(config: StudyConfig) -> list[str]:
 def measure_speeds(config: StudyConfig, names: Sequence[str], threads: int) -> None:
     """Time steps of variants by turns with the reference, and write them down."""
     torch.set_num_threads(threads)
-    device, start = pick_device(config.device), load_model(config.init_from)
+    device, start = pick_device(config.device), load_model(config.output_dir / START_DIR)
     # All are compiled in this one process, if at all.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
     steps = {name: step_of(config, name, start) for name in dict.fromkeys([REFERENCE, *names])}
@@ -81,7 +81,7 @@ def step_of(config: StudyConfig, name: str, start: RemixDiT) -> Step:
     run = run_config(chosen, common)
     if chosen.learns_coefficients:
         copies = run.mixture.num_bases - 1
-        run = TrainConfig(**{**vars(run), "further_bases": (config.init_from,) * copies})
+        run = TrainConfig(**{**vars(run), "further_bases": (run.init_from,) * copies})
     parts = independent_runs(chosen, run)
     repeats = len(parts) if chosen.shares_batches else 1
     training, inputs = training_of(parts[0])

@@ -6,7 +6,8 @@ processes of their own, several at once where there is room; a study that was st
 the missing cells, and a stopped cell with its remaining steps.
 
     study/
-        config.json              the settings
+        config.json              the settings, and the digest of the model to start from
+        start/                   a copy of that model, as a run may train on meanwhile
         speeds.json              seconds of a step of every variant, of a study of equal time
         cells/remix/seed-0/      result.json, losses.npz, samples.png; while it trains, run/
         results.json, table.md, report.html
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from remixdit.data import ShardDataset
+from remixdit.data.autoencoder import weights_digest
 from remixdit.evaluation.held_out import side_of_shards
+from remixdit.files import new_directory
 from remixdit.model.loading import load_model
 from remixdit.model.match import match, side_of
 from remixdit.model.model import RemixDiT
@@ -30,26 +33,36 @@ from remixdit.progress import Progress
 from remixdit.study.cell import run_cell
 from remixdit.study.config import StudyConfig
 from remixdit.study.report import write_study
-from remixdit.study.runs import Cell, common_run, first_parts, goals_of, parts_of, result_path
+from remixdit.study.runs import (
+    START_DIR,
+    Cell,
+    common_run,
+    first_parts,
+    goals_of,
+    parts_of,
+    result_path,
+)
 from remixdit.study.speeds import measure_speeds, missing_speeds, ratios_of, read_speeds
 from remixdit.study.variants import START, chosen_variants, variant
-from remixdit.training.run import check_run, claim_run
+from remixdit.training.run import check_run, claim_run, stated_settings
 from remixdit.training.start import outline_of, side_of_data
 
 __all__ = ["study"]
 
 # Settings that may differ when a study is resumed.
 MAY_CHANGE = {"output_dir", "workers", "device", "variants", "seeds", "name"}
+MAY_CHANGE |= {"init_from", "start_digest"}  # the digest is compared, under whatever name
 
 
 def study(config: StudyConfig) -> Iterator[Progress]:
     """Run the missing cells, then write the report; progress is reported after every cell."""
-    cells = cells_of(config)
-    refuse_unfit(config, cells)
+    cells, start = cells_of(config), load_model(config.init_from)
+    refuse_unfit(config, cells, start)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = {**asdict(config), "output_dir": str(config.output_dir)}
+    settings = {**settings_of(config), "start_digest": weights_digest(start)}
     check_study(config.output_dir, settings)
     claim_run(config.output_dir, settings)
+    keep_start(config, start)
     missing = [cell for cell in cells if not result_path(config, cell).is_file()]
     done, stage = len(cells) - len(missing), f"study {config.name}"
     yield Progress(stage, done, len(cells))
@@ -63,13 +76,32 @@ def study(config: StudyConfig) -> Iterator[Progress]:
     write_results(config, cells)
 
 
+def settings_of(config: StudyConfig) -> dict[str, Any]:
+    """Return the settings of a study as JSON values."""
+    return {**asdict(config), "output_dir": str(config.output_dir)}
+
+
 def check_study(directory: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume under other settings, or in a directory that holds no study."""
-    path = directory / "config.json"
-    if not path.is_file() and any(directory.iterdir()):
+    stated = stated_settings(directory)
+    if stated is None and any(directory.iterdir()):
         raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
+    ours = settings["start_digest"]
+    if (stated or {}).get("start_digest", ours) != ours:
+        raise ValueError(
+            f"--from must be the model with which the study in {directory} began, which is kept as "
+            f"{directory / START_DIR}, got other weights in {settings['init_from']}"
+        )
     defaults = {field.name: field.default for field in fields(StudyConfig)}
     check_run(directory, settings, MAY_CHANGE, {k: v for k, v in defaults.items() if v != MISSING})
+
+
+def keep_start(config: StudyConfig, start: RemixDiT) -> None:
+    """Copy the model to start from into the study: every cell begins with the same weights."""
+    directory = config.output_dir / START_DIR
+    if not directory.is_dir():
+        with new_directory(directory) as beside:
+            start.save_pretrained(beside)
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
@@ -80,7 +112,7 @@ def cells_of(config: StudyConfig) -> list[Cell]:
     return [Cell(START, config.seed)] * (START in variants) + trained
 
 
-def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
+def refuse_unfit(config: StudyConfig, cells: list[Cell], start: RemixDiT) -> None:
     """Refuse, before any work, settings that would fail in some cell."""
     held = ShardDataset(Path(config.held_out))
     if config.num_held_out > len(held):
@@ -88,7 +120,6 @@ def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
             f"num_held_out must be at most the {len(held)} images of held_out, "
             f"got {config.num_held_out}"
         )
-    start = load_model(config.init_from)
     if start.num_experts > 1:
         raise ValueError(f"--from must be a plain DiT, got {start.num_experts} experts")
     ours = side_of("--from", start.config)
@@ -145,6 +176,6 @@ def write_results(config: StudyConfig, cells: list[Cell]) -> None:
     """Write results.json, table.md and report.html of the cells that are finished."""
     found = [result_path(config, cell) for cell in cells]
     results = [json.loads(path.read_text("utf-8")) for path in found if path.is_file()]
-    settings = {**asdict(config), "output_dir": str(config.output_dir)}
+    settings = settings_of(config)
     summaries = {name: variant(name).summary for name in {cell.variant for cell in cells}}
     write_study(config.output_dir, settings, results, summaries)

@@ -16,6 +16,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from remixdit.distributed import agree, barrier
 from remixdit.distributed.parallel import checksum_of, fill, whole
 from remixdit.files import (
+    locked,
     make_directory,
     partial_path,
     remove,
@@ -256,22 +258,27 @@ def refuse_damaged(run_dir: Path, allow_older: bool, is_first: bool) -> None:
         run_dir: Directory of the run.
         allow_older: Set damaged checkpoints aside where an older one is whole.
         is_first: Whether this process does so.
+
+    Raises:
+        ValueError: A checkpoint is damaged, or another run is writing them.
     """
-    damaged: dict[Path, str] = {}
-    for path in reversed(checkpoints(run_dir)):
-        if not (damage := damage_of(path)):
-            break
-        damaged[path] = damage
-    newest = max((path for path in checkpoints(run_dir) if path not in damaged), default=None)
-    agree({"checkpoint to go on from": newest})
-    if damaged and not (newest and allow_older):
-        way_out = f"--allow-older goes on from step {steps_done(newest)}" if newest else NONE_WHOLE
-        raise ValueError(f"{next(iter(damaged.values()))}; {way_out}")
-    for path, damage in damaged.items() if is_first else ():
-        aside = path.with_name(f"damaged-{path.name}")
-        logger.warning("%s; it is kept as %s", damage, aside.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+    # What another run has not finished is no damage, so the lock comes first.
+    with locked(run_dir) if is_first and checkpoints(run_dir) else nullcontext():
+        damaged: dict[Path, str] = {}
+        for path in reversed(checkpoints(run_dir)):
+            if not (damage := damage_of(path)):
+                break
+            damaged[path] = damage
+        newest = max((path for path in checkpoints(run_dir) if path not in damaged), default=None)
+        agree({"checkpoint to go on from": newest})
+        if damaged and not (newest and allow_older):
+            way_out = f"--allow-older goes on from step {steps_done(newest)}" if newest else ""
+            raise ValueError(f"{next(iter(damaged.values()))}; {way_out or NONE_WHOLE}")
+        for path, damage in damaged.items() if is_first else ():
+            aside = path.with_name(f"damaged-{path.name}")
+            logger.warning("%s; it is kept as %s", damage, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     barrier()
 
 

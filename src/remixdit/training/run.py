@@ -23,6 +23,7 @@ from remixdit.files import (
     sync,
     write_file,
 )
+from remixdit.model.validation import json_object
 
 __all__ = [
     "DATA_DIR",
@@ -150,18 +151,7 @@ def stated_settings(directory: Path) -> dict[str, Any] | None:
     path = directory / "config.json"
     if not path.is_file():
         return None
-    return json_object(path, path.read_text("utf-8", errors="replace"))
-
-
-def json_object(place: object, text: str) -> dict[str, Any]:
-    """Return a JSON object; an error names the place that must hold one."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{place} must hold a JSON object, got {text[:20]!r}")
-    return found
+    return json_object(path)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

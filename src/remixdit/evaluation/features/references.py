@@ -9,8 +9,7 @@ arr_1 (B,)                   their class labels
 them: published ones are of FID's own Inception.
 """
 
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,9 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from remixdit.images.npy import npz_array, npz_names, npz_stream
+
 __all__ = ["Reference", "read_reference", "write_statistics"]
 
 Statistics = tuple[Tensor, Tensor]
+
+MAX_FEATURES = 2**14  # far above any extractor; a small archive may unpack to terabytes
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,16 @@ class Reference:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         num_images, *shape = self.image_shape
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-            _read_header(stream, self.path)
+        with npz_stream(self.path, "arr_0") as (stream, _):
             for start in range(0, num_images, batch_size):
                 count = min(batch_size, num_images - start)
                 yield _read_pixels(stream, (count, *shape), self.path)
 
     def class_labels(self) -> Tensor | None:
         """Return the class labels (B,) int64 of the images, if the file has any."""
-        with np.load(self.path, allow_pickle=False) as arrays:
-            if "arr_1" not in arrays.files:
-                return None
-            labels = arrays["arr_1"]
+        if "arr_1" not in npz_names(self.path):
+            return None
+        labels = npz_array(self.path, "arr_1")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise ValueError(
                 f"arr_1 of {self.path} must be integers (B,), got {labels.dtype} {labels.shape}"
@@ -65,12 +66,11 @@ class Reference:
 def read_reference(path: str | Path) -> Reference:
     """Open an .npz reference; reads statistics, and of images the shape."""
     path = Path(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        names = set(arrays.files)
-        if not names & {"mu", "arr_0"}:
-            raise ValueError(f"{path} must hold mu and sigma, or arr_0, got {sorted(names)}")
-        pool = _statistics(arrays, "mu", "sigma", path) if "mu" in names else None
-        spatial = _statistics(arrays, "mu_s", "sigma_s", path) if "mu_s" in names else None
+    names = npz_names(path)
+    if not {"mu", "arr_0"} & set(names):
+        raise ValueError(f"{path} must hold mu and sigma, or arr_0, got {sorted(names)}")
+    pool = _statistics(path, names, "mu", "sigma") if "mu" in names else None
+    spatial = _statistics(path, names, "mu_s", "sigma_s") if "mu_s" in names else None
     return Reference(path, pool, spatial, _image_shape(path) if "arr_0" in names else None)
 
 
@@ -89,35 +89,35 @@ def write_statistics(path: str | Path, pool: Statistics, spatial: Statistics | N
         np.savez(file, allow_pickle=False, **{name: a.cpu().numpy() for name, a in arrays.items()})
 
 
-def _statistics(arrays: np.lib.npyio.NpzFile, mean: str, covariance: str, path: Path) -> Statistics:
-    if covariance not in arrays.files:
-        raise ValueError(f"{path} must hold {covariance} beside {mean}, got {arrays.files}")
-    first, second = arrays[mean], arrays[covariance]
-    if first.ndim != 1 or second.shape != 2 * first.shape:
+def _statistics(path: Path, names: Sequence[str], mean: str, covariance: str) -> Statistics:
+    if covariance not in names:
+        raise ValueError(f"{path} must hold {covariance} beside {mean}, got {names}")
+    shapes = {}
+    for name in (mean, covariance):
+        with npz_stream(path, name) as (_, (shape, _, dtype)):
+            shapes[name] = shape
+        if dtype.kind != "f":
+            raise ValueError(f"{name} of {path} must be numbers, got {dtype}")
+    size = shapes[mean][:1]
+    if shapes != {mean: size, covariance: size * 2} or not size:
         raise ValueError(
             f"{mean} and {covariance} of {path} must have the shapes (F,) and (F, F), "
-            f"got {first.shape} and {second.shape}"
+            f"got {shapes[mean]} and {shapes[covariance]}"
         )
-    return torch.from_numpy(first).double(), torch.from_numpy(second).double()
+    if not 0 < size[0] <= MAX_FEATURES:
+        raise ValueError(f"{mean} of {path} must be 1 to {MAX_FEATURES} numbers, got {size[0]}")
+    first, second = (npz_array(path, name).astype(np.float64) for name in (mean, covariance))
+    return torch.from_numpy(first), torch.from_numpy(second)
 
 
 def _image_shape(path: Path) -> tuple[int, ...]:
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-        return _read_header(stream, path)
-
-
-def _read_header(stream: IO[bytes], path: Path) -> tuple[int, ...]:
-    version = np.lib.format.read_magic(stream)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[version]
-    shape, fortran_order, dtype = read(stream)
-    if len(shape) != 4 or dtype != np.uint8 or fortran_order:
+    with npz_stream(path, "arr_0") as (_, (shape, is_fortran, dtype)):
+        pass
+    if len(shape) != 4 or dtype != np.uint8 or is_fortran:
         raise ValueError(
             f"arr_0 of {path} must be uint8 (B, H, W, C) in C order, got {dtype} {shape}"
         )
-    return tuple(shape)
+    return shape
 
 
 def _read_pixels(stream: IO[bytes], shape: tuple[int, ...], path: Path) -> Tensor:
