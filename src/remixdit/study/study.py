@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import MISSING, asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -33,9 +34,10 @@ from remixdit.diffusion.costs import training_flops
 from remixdit.diffusion.intervals import Intervals
 from remixdit.distributed import pick_device
 from remixdit.evaluation.feature_sets import FeatureSet, image_features, reference_features
-from remixdit.evaluation.features import Extractor, load_extractor, metric_name
+from remixdit.evaluation.features import Extractor, metric_name
 from remixdit.evaluation.held_out import held_out, side_of_shards
 from remixdit.evaluation.image_sets import open_images
+from remixdit.evaluation.images import open_extractor
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
 from remixdit.figures.grids import image_grid
@@ -109,6 +111,13 @@ def cells_of(config: StudyConfig) -> list[Cell]:
 
 def refuse_unfit(config: StudyConfig, cells: list[Cell]) -> None:
     """Refuse, before any work, settings that would fail in some cell."""
+    if config.seeds > 1 and find_spec("scipy") is None:
+        raise ValueError(
+            f"seeds must be 1 without scipy, which computes intervals over them, got {config.seeds}"
+            ": pip install 'remixdit[evaluate]'"
+        )
+    if config.num_samples:
+        open_extractor(config.extractor, config.extractor_weights, torch.device("cpu"))
     held = ShardDataset(Path(config.held_out))
     if config.num_held_out > len(held):
         raise ValueError(
@@ -277,9 +286,7 @@ def measured(config: StudyConfig, model: RemixDiT) -> tuple[dict[str, Any], np.n
 
 def scored(config: StudyConfig, model: RemixDiT, directory: Path) -> dict[str, Any]:
     """Draw samples and score them against the held-out images; all cells draw the same noise."""
-    extractor = load_extractor(
-        config.extractor, weights=config.extractor_weights, device=model.device
-    )
+    extractor = open_extractor(config.extractor, config.extractor_weights, model.device)
     sampling = SamplingConfig(
         num_images=config.num_samples,
         guidance_scale=config.guidance_scale,
