@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from remixdit.model.model import RemixDiT
 
 __all__ = ["DiT", "DiTConfig", "Experts", "Intervals", "RemixConfig", "RemixDiT", "remix"]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "DiT": "diffusion.dit",

@@ -104,9 +104,9 @@ def test_a_model_with_low_rank_bases_is_saved_and_samples_as_it_trains(tmp_path)
         torch.testing.assert_close(
             each.denoise(latents, timesteps, labels), expected, rtol=1e-4, atol=1e-5
         )
+    mixed = loaded.denoise(latents, timesteps, labels)
     loaded.precompute()
-    ready = loaded.denoise(latents, timesteps, labels)
-    assert torch.equal(ready, model.denoise(latents, timesteps, labels))
+    assert torch.equal(loaded.denoise(latents, timesteps, labels), mixed)
 
 
 def tiny_transformers() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
@@ -170,6 +170,36 @@ def test_low_rank_bases_go_on_any_transformer_of_diffusers():
             assert torch.equal(experts.plain(3)(**inputs, return_dict=False)[0], expected), name
 
 
+@torch.no_grad()
+def test_diffusers_adds_an_expert_as_a_lora():
+    pytest.importorskip("peft", reason="reads LoRA files for diffusers")
+    for name, (network, inputs) in tiny_transformers().items():
+        wide = {n: v.float() if v.is_floating_point() else v for n, v in inputs.items()}
+        theirs = copy.deepcopy(network.eval())
+        experts = remix(network, K, N, rank=RANK)
+        perturb(experts)
+        expected = experts.plain(3)(**wide, return_dict=False)[0]
+        unchanged = theirs(**wide, return_dict=False)[0]
+        weights = experts.lora(3)
+        if hasattr(theirs, "load_lora_adapter"):
+            theirs.load_lora_adapter(weights, prefix=None)
+        else:
+            with_lora(theirs, weights)
+        found = theirs(**wide, return_dict=False)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
+        assert not torch.allclose(unchanged, expected, atol=0.01), name
+
+
+def with_lora(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a LoRA into a network of a class for which diffusers has no loader."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    rank = K * RANK
+    layers = [n.removesuffix(".lora_A.weight") for n in weights if n.endswith("lora_A.weight")]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), network)
+    assert not set_peft_model_state_dict(network, weights).unexpected_keys
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -184,3 +214,11 @@ def test_what_has_no_low_rank_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         remix(network, K, N, **options)
     assert {name: p.requires_grad for name, p in network.named_parameters()} == before
+
+
+def test_whole_bases_and_other_experts_are_no_lora():
+    network = tiny_dit()
+    with pytest.raises(ValueError, match=r"rank must be at least 1 for a LoRA, got whole bases of"):
+        remix(network, K, N).lora(0)
+    with pytest.raises(ValueError, match=r"expert must be in \[0, 5\), got 5"):
+        remix(tiny_dit(), K, N, rank=RANK).lora(N)

@@ -73,14 +73,14 @@ def test_extractor_and_autoencoder_of_a_study_are_on_the_device_of_the_model(
 ):
     places = {}
 
-    def load_extractor(name, *, weights, device):
+    def open_extractor(name, weights, device):
         places["extractor"] = device
         return replace(COLOURS, device=device)
 
     def load_autoencoder(spec, device):
         places["autoencoder"] = device
 
-    monkeypatch.setattr(cell, "load_extractor", load_extractor)
+    monkeypatch.setattr(cell, "open_extractor", open_extractor)
     monkeypatch.setattr(cell, "load_autoencoder", load_autoencoder)
     monkeypatch.setattr(cell, "sample", lambda *_: iter(()))
     with pytest.raises(ValueError, match="at least one array"):

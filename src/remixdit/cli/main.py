@@ -37,6 +37,7 @@ COMMANDS = {
     "study": ("study", "variants at equal budget over seeds: tables, figures, a report"),
     "bench": ("bench", "train, sample or data: what this machine does, beside plain and naive"),
     "info": ("info", "sizes, intervals, coefficients and cost of a model"),
+    "completion": ("completion", "bash, zsh or fish: a script that completes commands and flags"),
 }
 
 # Errors of torch and safetensors, which are not imported just to be named: too little memory, and

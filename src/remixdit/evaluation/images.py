@@ -26,7 +26,7 @@ from remixdit.images.npy import npz_names
 from remixdit.machine import machine
 from remixdit.progress import Progress
 
-__all__ = ["ImageConfig", "evaluate_images"]
+__all__ = ["ImageConfig", "evaluate_images", "open_extractor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def evaluate_images(
         The result as JSON values, complete on the first process and empty on others.
     """
     ranks = ranks or Ranks()
-    extractor = open_extractor(config, device)
+    extractor = open_extractor(config.extractor, config.extractor_weights, device)
     real = open_real(config, subject.images, extractor, seed)
     train = open_train(config, subject.images, real, seed, device)
     if len(subject.images) < 2:
@@ -165,20 +165,19 @@ def extracted(
     return features, rows.cpu().numpy()
 
 
-def open_extractor(config: ImageConfig, device: torch.device) -> Extractor:
-    """Load the extractor; missing packages and weights are errors of the request."""
-    weights = config.extractor_weights
+def open_extractor(name: str, weights: str | None, device: torch.device) -> Extractor:
+    """Load an extractor; missing packages and weights are errors of the request."""
     is_file = weights is not None and Path(weights).is_file()
-    by_name = {"dinov2": (weights,), "inception": (None, "download")}.get(config.extractor, (None,))
+    by_name = {"dinov2": (weights,), "inception": (None, "download")}.get(name, (None,))
     if not is_file and weights not in by_name:
         raise ValueError(f"extractor_weights must be a file, got {weights}")
     try:
-        return load_extractor(config.extractor, weights=weights, device=device)
+        return load_extractor(name, weights=weights, device=device)
     except ImportError as error:
         raise ValueError(str(error)) from error
     except (UnpicklingError, RuntimeError) as error:  # torch's words for what is no such file
         raise ValueError(
-            f"extractor_weights must be weights of extractor {config.extractor}, got {weights}"
+            f"extractor_weights must be weights of extractor {name}, got {weights}"
         ) from error
 
 

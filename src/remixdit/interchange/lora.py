@@ -9,12 +9,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from remixdit.files import new_directory, save_tensors
 from remixdit.interchange.layout import require_embedding
-from remixdit.mixture.low_rank import LowRankLinear
 from remixdit.model.diffusers_dit import BLOCK_NAMES, OUTER_NAMES
 from remixdit.model.model import RemixDiT
 
@@ -52,16 +50,11 @@ def export_lora(model: RemixDiT, directory: str | Path) -> None:
         (beside / "experts.json").write_text(text, "utf-8")
 
 
-@torch.no_grad()
 def lora_state(model: RemixDiT, expert: int) -> dict[str, Tensor]:
     """Return `transformer.<layer>.lora_A.weight` (K r, I) and `lora_B.weight` (O, K r)."""
-    rows = model.experts.coefficients(expert)  # (L, K)
-    state = {}
+    own_state, state = model.experts.lora(expert), {}
     for own in model.experts.mixed:
-        layer = model.network.get_submodule(own)
-        assert isinstance(layer, LowRankLinear)
-        down = layer.down.flatten(0, 1)
-        up = (rows[layer.table][:, None, None] * layer.up).transpose(0, 1).flatten(1)
+        down, up = (own_state[f"{own}.lora_{part}.weight"] for part in "AB")
         names = list(names_of(own, model.config.network.depth))
         for name, part in zip(
             names, up.chunk(3) if own.endswith("qkv") else [up] * len(names), strict=True

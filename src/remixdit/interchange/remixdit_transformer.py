@@ -13,10 +13,11 @@ but diffusers.
 from typing import Any
 
 from diffusers import DiTTransformer2DModel
+from diffusers.loaders import PeftAdapterMixin
 
 
-class RemixExpertTransformer(DiTTransformer2DModel):  # type: ignore[misc]
-    """One expert, or a plain DiT; in everything but the timesteps diffusers' own class."""
+class RemixExpertTransformer(DiTTransformer2DModel, PeftAdapterMixin):  # type: ignore[misc]
+    """One expert or a plain DiT: diffusers' own class but for timesteps, and it loads LoRAs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Predict as `DiTTransformer2DModel.forward`."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from remixdit.mixture.coefficients import initial_table, own_basis_loss
+from remixdit.mixture.low_rank import LowRankLinear, pair_of
 from remixdit.mixture.names import tied_names
 from remixdit.mixture.routing import Batch, sorted_by_expert
 
@@ -203,9 +204,33 @@ class Experts(nn.Module):
         Args:
             expert: Index in [0, N).
         """
+        return self.combined(self._rows(expert))
+
+    @torch.no_grad()
+    def lora(self, expert: int) -> dict[str, Tensor]:
+        """Return what an expert of low-rank bases adds to the frozen network, as a LoRA.
+
+        `<layer>.lora_A.weight` (K r, I) and `<layer>.lora_B.weight` (O, K r), whose product is
+        added to the layer's weight, as diffusers' `load_lora_adapter(weights, prefix=None)` does.
+
+        Args:
+            expert: Index in [0, N).
+        """
+        rows, state = self._rows(expert), {}
+        for name in self.mixed:
+            layer = self.network.get_submodule(name)
+            if not isinstance(layer, LowRankLinear):
+                raise ValueError(f"rank must be at least 1 for a LoRA, got whole bases of {name}")
+            pair = pair_of(layer.down, layer.up, rows[layer.table])
+            for part, values in zip("AB", pair, strict=True):
+                state[f"{name}.lora_{part}.weight"] = values.clone()
+        return state
+
+    def _rows(self, expert: int) -> Tensor:
+        """Return the coefficients (L, K) of an expert in [0, N)."""
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
-        return self.combined(self.coefficients(expert))
+        return self.coefficients(expert)
 
     @torch.no_grad()
     def combined(self, rows: Tensor) -> nn.Module:

@@ -22,7 +22,7 @@ from remixdit.seeds import generator_for
 if TYPE_CHECKING:
     from remixdit.mixture.experts import Experts
 
-__all__ = ["LowRankLinear", "initial_pair", "merged"]
+__all__ = ["LowRankLinear", "initial_pair", "merged", "pair_of"]
 
 
 class LowRankLinear(nn.Module):
@@ -83,8 +83,13 @@ class LowRankLinear(nn.Module):
 @torch.no_grad()
 def merged(weight: Tensor, down: Tensor, up: Tensor, row: Tensor) -> Tensor:
     """Return the weight (O, I) of the expert with the coefficients `row`, (K,)."""
-    scaled = (row[:, None, None] * up).transpose(0, 1).flatten(1)  # (O, K r)
-    return (weight + scaled @ down.flatten(0, 1)).to(weight.dtype)
+    lora_a, lora_b = pair_of(down, up, row)
+    return (weight + lora_b @ lora_a).to(weight.dtype)
+
+
+def pair_of(down: Tensor, up: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (K r, I) and (O, K r), whose product an expert of coefficients `row` (K,) adds."""
+    return down.flatten(0, 1), (row[:, None, None] * up).transpose(0, 1).flatten(1)
 
 
 def initial_pair(name: str, layer: nn.Linear, num_bases: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,10 @@ from remixdit.diffusion.intervals import Intervals
 from remixdit.diffusion.noise import Diffusion
 from remixdit.distributed import pick_device
 from remixdit.evaluation.feature_sets import FeatureSet, image_features, reference_features
-from remixdit.evaluation.features import Extractor, load_extractor, metric_name
+from remixdit.evaluation.features import Extractor, metric_name
 from remixdit.evaluation.held_out import HeldOut, held_out
 from remixdit.evaluation.image_sets import open_images
+from remixdit.evaluation.images import open_extractor
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.merging import MergeConfig, search
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_shifts
@@ -263,9 +264,7 @@ def scored(
     config: StudyConfig, model: RemixDiT, directory: Path, suffix: str = ""
 ) -> dict[str, Any]:
     """Draw samples and score them against the held-out images; all cells draw the same noise."""
-    extractor = load_extractor(
-        config.extractor, weights=config.extractor_weights, device=model.device
-    )
+    extractor = open_extractor(config.extractor, config.extractor_weights, model.device)
     sampling = SamplingConfig(
         num_images=config.num_samples,
         guidance_scale=config.guidance_scale,

@@ -19,12 +19,16 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import MISSING, asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from remixdit.data import ShardDataset
 from remixdit.data.autoencoder import weights_digest
 from remixdit.evaluation.held_out import side_of_shards
+from remixdit.evaluation.images import open_extractor
 from remixdit.files import new_directory
 from remixdit.model.loading import load_model
 from remixdit.model.match import match, side_of
@@ -114,6 +118,13 @@ def cells_of(config: StudyConfig) -> list[Cell]:
 
 def refuse_unfit(config: StudyConfig, cells: list[Cell], start: RemixDiT) -> None:
     """Refuse, before any work, settings that would fail in some cell."""
+    if config.seeds > 1 and find_spec("scipy") is None:
+        raise ValueError(
+            f"seeds must be 1 without scipy, which computes intervals over them, got {config.seeds}"
+            ": pip install 'remixdit[evaluate]'"
+        )
+    if config.num_samples:
+        open_extractor(config.extractor, config.extractor_weights, torch.device("cpu"))
     held = ShardDataset(Path(config.held_out))
     if config.num_held_out > len(held):
         raise ValueError(
