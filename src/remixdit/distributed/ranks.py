@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from remixdit.distributed.lost import lost_process
+
 __all__ = [
     "Ranks",
     "Wishes",
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 # Time-outs of a process that waits for others: encoding and a first compilation may take long,
-# steps do not. REMIXDIT_STEP_SECONDS sets another time-out of a step.
+# joining and steps do not. REMIXDIT_STEP_SECONDS sets another time-out of these two.
 FIRST_TIMEOUT = timedelta(hours=24)
 STEP_SECONDS = 600
 SMALL_BYTES = 2**20  # tensors up to this size are reduced together
@@ -63,16 +65,25 @@ def pick_device(name: str) -> torch.device:
 
 
 def start(device: torch.device) -> Ranks:
-    """Join the process group that torchrun describes in the environment, if there is one."""
+    """Join the process group that torchrun describes in the environment, if there is one.
+
+    Raises:
+        ConnectionError: Another process has not joined in time.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if not dist.is_initialized():
         on_gpu = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=FIRST_TIMEOUT,
-            device_id=device if on_gpu else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=step_timeout(),
+                device_id=device if on_gpu else None,
+            )
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"the processes have not met: {reason}") from error
+        _set_pg_timeout(FIRST_TIMEOUT, None)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
@@ -81,11 +92,19 @@ def stop() -> None:
 
     A wrong request is wrong for every process, and the first reports it. It may still be joining
     and must not find that another has left, so the others wait for it.
+
+    Raises:
+        ConnectionError: This process fails because another has ended or hangs.
     """
-    if dist.is_initialized() and dist.get_rank() and sys.exc_info()[0] is not None:
+    if not dist.is_initialized():
+        return
+    error = sys.exc_info()[1]
+    lost = lost_process(error)
+    if dist.get_rank() and error is not None and not lost:
         time.sleep(PATIENCE_SECONDS)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+    if lost:
+        raise ConnectionError(lost) from error
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> int:
