@@ -19,7 +19,8 @@ PATIENCE_SECONDS = 3  # until all that are alive have said so
 def lost_process(error: BaseException | None) -> str:
     """Return what an error of torch says of another process, "" if it is of something else."""
     message = str(error) if isinstance(error, RuntimeError) else ""
-    if "by peer" in message:  # gloo's word for it; torchrun tells which one, and why
+    # Gloo's words for it; torchrun tells which one, and why.
+    if "by peer" in message or "connectFullMesh failed" in message:
         silent_ranks(0)
         return "another process has ended"
     if "imed out" in message and "wait" in message.lower():  # gloo's, and NCCL's

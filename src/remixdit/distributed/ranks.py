@@ -14,7 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout, _world
+from torch.distributed.rendezvous import rendezvous
 
 from remixdit.distributed.lost import lost_process
 
@@ -73,18 +74,34 @@ def start(device: torch.device) -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if not dist.is_initialized():
-        on_gpu = device.type == "cuda"
         try:
-            dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                timeout=step_timeout(),
-                device_id=device if on_gpu else None,
-            )
+            join(device)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ConnectionError(f"the processes have not met: {reason}") from error
         _set_pg_timeout(FIRST_TIMEOUT, None)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes.
+
+    After `--max-restarts` the store of torchrun still has the addresses of processes that have
+    ended (github.com/pytorch/pytorch/issues/135712), so the names there begin with the number of
+    restarts. Each of several torchruns counts its own, so they have to share no store instead.
+    """
+    on_gpu = device.type == "cuda"
+    store, rank, size = next(rendezvous("env://", timeout=step_timeout()))
+    is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_alone else "0"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=PrefixStore(f"remixdit/{restarts}", store),
+        rank=rank,
+        world_size=size,
+        timeout=step_timeout(),
+        device_id=device if on_gpu else None,
+    )
 
 
 def stop() -> None:
@@ -172,7 +189,9 @@ class Wishes:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=step_timeout())
         self.pending: tuple[Tensor, dist.Work] | None = None
 
     def exchange(self, *own: bool) -> list[bool]:
@@ -195,7 +214,7 @@ class Wishes:
 
     def lose_patience(self) -> None:
         """Wait only minutes for other processes from now on; one that hangs then ends all."""
-        for group in [None, self.group] if self.group else []:
+        for group in _world.pg_map:  # those of FSDP2's meshes too
             _set_pg_timeout(step_timeout(), group)
 
 
