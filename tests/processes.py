@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ def start_host(line: str, port: int) -> "subprocess.Popen[str]":
     """Start one of two hosts with one process each, which meet on a port."""
     place = f"--rdzv-backend c10d --rdzv-endpoint localhost:{port} --local-addr localhost"
     return start_processes(line, 1, meeting=f"--nnodes 2 --rdzv-id run {place}")
+
+
+def wait_for_checkpoint(run: Path) -> None:
+    """Wait until a run has saved."""
+    deadline = time.monotonic() + 60
+    while not list((run / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def worker_pids(torchrun: int) -> list[int]:

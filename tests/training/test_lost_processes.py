@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from tests.processes import (
     launch,
     start_host,
     start_processes,
+    wait_for_checkpoint,
     worker_pids,
 )
 
@@ -56,14 +56,6 @@ def start_long_run(line: str, run: Path) -> "subprocess.Popen[str]":
     process = start_processes(f"{line} {options}")
     wait_for_checkpoint(run)
     return process
-
-
-def wait_for_checkpoint(run: Path) -> None:
-    """Wait until a run has saved."""
-    deadline = time.monotonic() + 60
-    while not list((run / "checkpoints").glob("step-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def newest_step(run: Path) -> int:

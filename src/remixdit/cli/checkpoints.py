@@ -4,15 +4,17 @@ from pathlib import Path
 
 import torch
 
+from remixdit import distributed
 from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
 from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
-from remixdit.model.loading import find_model, load_model
+from remixdit.model.loading import find_model, load_model, read_while_training
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
 
 __all__ = [
     "check_precision",
+    "load_newest",
     "names_model",
     "newest_weights",
     "open_autoencoder",
@@ -48,8 +50,24 @@ def open_model(path: str, *, ema: bool, precision: str, device: torch.device) ->
     """Load a model to a device, in its precision."""
     if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
         raise ValueError(f"{path}: no such model, nor owner/name on the hub")
-    model = load_model(newest_weights(path, ema), ema=ema, device=str(device))
+    model = load_newest(path, ema, device)
     model.sample_with(PRECISIONS[precision])
+    return model
+
+
+def load_newest(path: str, ema: bool, device: torch.device) -> RemixDiT:
+    """Load the newest weights to a device, and say which step they are of.
+
+    Several processes join: a run that trains on may save while they look for its newest weights.
+    """
+
+    def load() -> tuple[str, RemixDiT]:
+        place = newest_weights(path, ema)
+        return place, load_model(place, ema=ema, device=str(device))
+
+    place, model = read_while_training(path, load)
+    distributed.start(device)
+    distributed.agree({"weights": place})
     return model
 
 
