@@ -82,8 +82,9 @@ def newest_weights(path: str, ema: bool = True) -> str:
     if found is None:
         return path
     kind = "averaged weights" if ema else "weights"
-    if found.step is not None:
-        say(f"{path}: {kind} of step {found.step:,}")
+    step = found.step
+    if step is not None:
+        say(f"{path}: {kind} of step {step:,}")
     elif found.directory != Path(path):
         say(f"{path}: {kind} of the finished model, as there is no checkpoint")
     return str(found.directory)

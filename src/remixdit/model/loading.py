@@ -48,6 +48,8 @@ class Found:
     def step(self) -> int | None:
         """Number of optimizer steps done, None for a model, which does not state it."""
         if not (self.directory / STATE_FILE).is_file():
+            if not self.directory.exists():  # by a run that trains on
+                raise ValueError(f"model must be there, got {self.directory}: it was removed")
             return None
         with damage_named(self.directory):
             return read_state(self.directory).step
