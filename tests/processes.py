@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,30 +28,50 @@ RUNS = {
 }
 
 
-def command(line: str, num_processes: int) -> list[str]:
-    """Return the words that start remixdit on so many processes."""
-    start = f"-m torch.distributed.run --standalone --nproc-per-node {num_processes} "
-    return [sys.executable, *f"{start * (num_processes > 1)}-m remixdit {line}".split()]
+def command(
+    line: str, num_processes: int, program: str = "-m remixdit", meeting: str = "--standalone"
+) -> list[str]:
+    """Return the words that start remixdit, or another program, on so many processes.
+
+    Args:
+        line: What follows the program.
+        num_processes: One needs no torchrun, unless it meets others.
+        program: A module or a script.
+        meeting: Options of torchrun.
+    """
+    start = f"-m torch.distributed.run {meeting} --nproc-per-node {num_processes} "
+    alone = num_processes == 1 and meeting == "--standalone"
+    return [sys.executable, *f"{'' if alone else start}{program} {line}".split()]
 
 
-def launch(line: str, num_processes: int = 2, code: int = 0, limit: float = 120) -> str:
+def launch(
+    line: str, num_processes: int = 2, code: int = 0, limit: float = 120, **start: str
+) -> str:
     """Run a command on several processes; return what it wrote to stderr."""
-    done = subprocess.run(
-        command(line, num_processes),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        timeout=limit,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stderr
+    process = start_processes(line, num_processes, **start)
+    _, errors = process.communicate(timeout=limit)
+    assert process.returncode == code, errors
+    return errors
 
 
-def start_processes(line: str, num_processes: int = 2) -> "subprocess.Popen[str]":
+def start_processes(line: str, num_processes: int = 2, **start: str) -> "subprocess.Popen[str]":
     """Start a command on several processes, and do not wait."""
-    words = command(line, num_processes)
+    words = command(line, num_processes, **start)
     return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def start_host(line: str, port: int) -> "subprocess.Popen[str]":
+    """Start one of two hosts with one process each, which meet on a port."""
+    place = f"--rdzv-backend c10d --rdzv-endpoint localhost:{port} --local-addr localhost"
+    return start_processes(line, 1, meeting=f"--nnodes 2 --rdzv-id run {place}")
+
+
+def wait_for_checkpoint(run: Path) -> None:
+    """Wait until a run has saved."""
+    deadline = time.monotonic() + 60
+    while not list((run / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def worker_pids(torchrun: int) -> list[int]:

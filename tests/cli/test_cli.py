@@ -23,6 +23,7 @@ from tests.command_line import (
     write_folder,
     write_npz,
 )
+from tests.processes import launch
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +225,7 @@ def test_a_compiled_network_draws_the_same_images(way, run, tmp_path):
 @pytest.mark.slow
 def test_two_processes_draw_the_same_images(run, tmp_path, capsys):
     remixdit(sample(run, f"{tmp_path}/one/", "--batch-size 2"))
-    line = sample(run, f"{tmp_path}/two/", "--batch-size 2")
-    start = "-m torch.distributed.run --standalone --nproc-per-node 2 -m remixdit"
-    subprocess.run([sys.executable, *start.split(), *line.split()], check=True, timeout=120)
+    launch(sample(run, f"{tmp_path}/two/", "--batch-size 2"))
     assert files_below(tmp_path / "one") == files_below(tmp_path / "two")
     for i in range(6):
         one, two = (picture(tmp_path / name / f"{i:06}.png") for name in ("one", "two"))

@@ -1,12 +1,14 @@
 """Encoding images into shards: what is written, what is skipped, what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from remixdit.cli.main import main
 from remixdit.data import EncodeConfig, ShardDataset, encode, open_source
 from remixdit.data.encoding import _precision
 from remixdit.data.prepare import prepare as preparation
@@ -198,3 +200,32 @@ def test_encoding_is_float32_on_every_device_unless_asked():
     for device in ("auto", "cpu", "cuda"):
         config = EncodeConfig(image_size=16, autoencoder="vae", device=device)
         assert _precision(config) == "fp32"
+
+
+def start_encoder(line: str, gate: int) -> int:
+    """Fork an encoder that begins when the gate is closed; its exit code is the command's."""
+    child = os.fork()
+    if not child:
+        os.read(gate, 1)
+        os._exit(main(line.split()))
+    return child
+
+
+def test_of_two_encoders_of_other_settings_one_is_refused(tmp_path, capfd):
+    root = make_folder(tmp_path / "photos", num_images=1)
+    for attempt in range(10):
+        output = tmp_path / str(attempt)
+        gate, opener = os.pipe()
+        line = f"encode {root} --output {output} --image-size"
+        children = [start_encoder(f"{line} {size}", gate) for size in (16, 24)]
+        for _ in children:
+            os.write(opener, b" ")
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        os.close(gate)
+        os.close(opener)
+        assert sorted(codes) == [0, 2]
+        kept, lost = (16, 24) if codes == [0, 2] else (24, 16)
+        assert ShardDataset(output).index["image_size"] == kept
+        message = f"output {output} holds another encoding: its image_size is {kept}, not {lost}"
+        assert message in capfd.readouterr().err
+        assert len(contents(output)) == 3  # one shard, its labels and the index

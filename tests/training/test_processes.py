@@ -1,12 +1,8 @@
 """Several processes under torchrun, on the CPU: the same run as one, and no hang when one dies."""
 
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +15,9 @@ from tests.processes import (
     OPTIONS,
     RUNS,
     assert_close_runs,
-    environment,
     free_port,
     launch,
-    start_processes,
-    worker_pids,
+    start_host,
 )
 from tests.tiny import tiny_dit
 
@@ -185,9 +179,7 @@ distributed.stop()
 def test_each_process_keeps_its_part_of_weights_moments_and_averages(data, tmp_path):
     remixdit(f"encode {data} --output {tmp_path}/shards --image-size 16")
     (tmp_path / "script.py").write_text(SCRIPT.format(data=tmp_path / "shards"))
-    start = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    words = [sys.executable, *start.split(), str(tmp_path / "script.py")]
-    subprocess.run(words, check=True, env=environment(), timeout=100)
+    launch("", program=f"{tmp_path}/script.py")
 
 
 AGREE = """
@@ -201,7 +193,7 @@ try:
     distributed.agree(facts)
 except ValueError as error:
     assert str(error).startswith("{name} must be the same for all processes, got another on"), error
-    print("refused")
+    print("refused", file=sys.stderr)
 distributed.stop()
 """
 
@@ -209,12 +201,7 @@ distributed.stop()
 @pytest.mark.parametrize("name", ["weights"])
 def test_processes_that_differ_do_not_begin(name, tmp_path):
     (tmp_path / "script.py").write_text(AGREE.format(name=name))
-    start = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    words = [sys.executable, *start.split(), str(tmp_path / "script.py")]
-    done = subprocess.run(
-        words, check=True, env=environment(), timeout=100, stdout=subprocess.PIPE, text=True
-    )
-    assert done.stdout.count("refused") == 2
+    assert launch("", program=f"{tmp_path}/script.py").count("refused") == 2
 
 
 @pytest.mark.long
@@ -227,46 +214,9 @@ def test_processes_that_see_other_checkpoints_do_not_train_on_together(train, tm
     shutil.rmtree(tmp_path / "1" / "run" / "checkpoints" / "step-00000004")
     script = f"cd {tmp_path}/$RANK && exec {sys.executable} -m remixdit {train} --output-dir run"
     (tmp_path / "start.sh").write_text(script)
-    words = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python bash"
-    done = subprocess.run(
-        [sys.executable, *words.split(), str(tmp_path / "start.sh")],
-        check=False,
-        env=environment(),
-        timeout=100,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "step must be the same for all processes, got another on process 1" in done.stderr
-
-
-BROKEN_DISK = """
-import errno, os, sys
-from remixdit.cli.main import main
-from remixdit.training.trainer import Training
-
-def broken(self, inputs):
-    raise OSError(errno.EIO, os.strerror(errno.EIO), "latents-00000.npy")
-
-if os.environ["RANK"] == "1":
-    Training.take_step = broken
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_the_error_of_another_process_than_the_first_is_heard(train, tmp_path):
-    (tmp_path / "script.py").write_text(BROKEN_DISK)
-    start = f"-m torch.distributed.run --standalone --nproc-per-node 2 {tmp_path}/script.py"
-    done = subprocess.run(
-        [sys.executable, *start.split(), *f"{train} --output-dir {tmp_path}/run".split()],
-        check=False,
-        env=environment(),
-        timeout=100,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "remixdit, process 1: error: latents-00000.npy: Input/output error" in done.stderr
+    errors = launch("", code=1, program=f"--no-python bash {tmp_path}/start.sh")
+    name = "checkpoint to go on from"
+    assert f"{name} must be the same for all processes, got another on process 1" in errors
 
 
 def test_two_processes_encode_and_sample_what_one_does(data, given, tmp_path):
@@ -298,60 +248,6 @@ def test_a_wrong_request_ends_in_one_line(options, message, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def start_long_run(line: str, run: Path) -> "subprocess.Popen[str]":
-    """Start a run on two processes, and wait until it has a checkpoint."""
-    options = f"--steps 100000 --save-every 1 --keep-checkpoints 2 --output-dir {run}"
-    process = start_processes(f"{line} {options}")
-    wait_for_checkpoint(run)
-    return process
-
-
-def wait_for_checkpoint(run: Path) -> None:
-    """Wait until a run has saved."""
-    deadline = time.monotonic() + 60
-    while not list((run / "checkpoints").glob("step-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("rank", [1])
-def test_a_killed_process_ends_the_run_and_the_next_start_goes_on(rank, train, tmp_path):
-    run = tmp_path / "run"
-    process = start_long_run(train, run)
-    os.kill(worker_pids(process.pid)[rank], signal.SIGKILL)
-    _, errors = process.communicate(timeout=40)
-    assert process.returncode == 1
-    assert f"rank      : {rank} (local_rank: {rank})" in errors
-    assert "SIGKILL" in errors
-    reached = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
-    launch(f"{train} --output-dir {run} --steps {reached + 2}")
-    steps = [row["step"] for row in read_metrics(run)]
-    assert steps == list(range(1, reached + 3))
-
-
-@pytest.mark.long
-def test_a_process_that_hangs_ends_the_run(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("REMIXDIT_STEP_SECONDS", "5")
-    process = start_long_run(train, tmp_path / "run")
-    os.kill(worker_pids(process.pid)[1], signal.SIGSTOP)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "remixdit: error: another process no longer answers" in errors, errors
-
-
-def start_host(line: str, port: int) -> "subprocess.Popen[str]":
-    """Start one of two hosts with one process each, which meet on a port."""
-    meeting = f"--rdzv-backend c10d --rdzv-endpoint localhost:{port} --local-addr localhost"
-    torchrun = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-id run {meeting}"
-    return subprocess.Popen(
-        [sys.executable, *f"{torchrun} -m remixdit {line}".split()],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-
-
 @pytest.mark.long
 def test_two_hosts_train_as_one_process_does(train, tmp_path):
     port = free_port()
@@ -361,17 +257,3 @@ def test_two_hosts_train_as_one_process_does(train, tmp_path):
         _, errors = host.communicate(timeout=120)
         assert host.returncode == 0, errors
     assert_close_runs(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("lost", [0])
-def test_a_lost_host_ends_the_run(lost, train, tmp_path):
-    port, run = free_port(), tmp_path / "run"
-    options = f"--steps 100000 --save-every 1 --output-dir {run}"
-    hosts = [start_host(f"{train} {options}", port) for _ in range(2)]
-    wait_for_checkpoint(run)
-    for pid in (*worker_pids(hosts[lost].pid), hosts[lost].pid):
-        os.kill(pid, signal.SIGKILL)
-    _, errors = hosts[1 - lost].communicate(timeout=60)
-    assert hosts[1 - lost].returncode == 1, errors
-    hosts[lost].communicate()

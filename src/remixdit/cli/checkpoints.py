@@ -4,16 +4,18 @@ from pathlib import Path
 
 import torch
 
+from remixdit import distributed
 from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
 from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
 from remixdit.images.hub import is_hub_name
-from remixdit.model.loading import find_model, load_model
+from remixdit.model.loading import find_model, load_model, read_while_training
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
 
 __all__ = [
     "check_precision",
+    "load_newest",
     "names_model",
     "newest_start",
     "newest_weights",
@@ -42,7 +44,7 @@ def open_model(path: str, *, ema: bool, precision: str, device: torch.device) ->
     """Load a model to a device, in its precision."""
     if not Path(path).exists() and not is_hub_name(path):  # nothing to wait for the network for
         raise ValueError(f"{path}: no such model, nor owner/name on the hub")
-    model = load_model(newest_weights(path, ema), ema=ema, device=str(device))
+    model = load_newest(path, ema, device)
     model.sample_with(PRECISIONS[precision])
     return model
 
@@ -57,6 +59,22 @@ def newest_start(path: str) -> None:
         raise ValueError(f"--from must be a model directory, a run or owner/name, got {path}")
 
 
+def load_newest(path: str, ema: bool, device: torch.device) -> RemixDiT:
+    """Load the newest weights to a device, and say which step they are of.
+
+    Several processes join: a run that trains on may save while they look for its newest weights.
+    """
+
+    def load() -> tuple[str, RemixDiT]:
+        place = newest_weights(path, ema)
+        return place, load_model(place, ema=ema, device=str(device))
+
+    place, model = read_while_training(path, load)
+    distributed.start(device)
+    distributed.agree({"weights": place})
+    return model
+
+
 def newest_weights(path: str, ema: bool = True) -> str:
     """Return the place of a run's newest weights, and say which step they are of.
 
@@ -68,8 +86,9 @@ def newest_weights(path: str, ema: bool = True) -> str:
     if found is None:
         return path
     kind = "averaged weights" if ema else "weights"
-    if found.step is not None:
-        say(f"{path}: {kind} of step {found.step:,}")
+    step = found.step
+    if step is not None:
+        say(f"{path}: {kind} of step {step:,}")
     elif found.directory != Path(path):
         say(f"{path}: {kind} of the finished model, as there is no checkpoint")
     return str(found.directory)

@@ -9,6 +9,7 @@ from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import say
 from remixdit.interchange import ExportConfig, run_export
+from remixdit.model.loading import read_while_training
 
 __all__ = ["run"]
 
@@ -24,6 +25,10 @@ class ExportArguments(ExportConfig):
 def run(args: Sequence[str]) -> None:
     """Export."""
     config = base_config(parse(ExportArguments, args, "export"), ExportConfig)
-    weights = newest_weights(config.checkpoint, config.ema)
-    run_export(replace(config, checkpoint=weights))
+
+    def export() -> None:
+        weights = newest_weights(config.checkpoint, config.ema)
+        run_export(replace(config, checkpoint=weights))
+
+    read_while_training(config.checkpoint, export)
     say(f"wrote {config.output}")

@@ -13,6 +13,7 @@ from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import show
 from remixdit.figures.text import one_line
 from remixdit.model.describe import describe
+from remixdit.model.loading import read_while_training
 
 __all__ = ["run"]
 
@@ -32,7 +33,8 @@ class InfoArguments:
 def run(args: Sequence[str]) -> None:
     """Describe a model on stdout."""
     arguments = parse(InfoArguments, args, "info")
-    facts = describe(newest_weights(arguments.checkpoint, arguments.ema), ema=arguments.ema)
+    path, ema = arguments.checkpoint, arguments.ema
+    facts = read_while_training(path, lambda: describe(newest_weights(path, ema), ema=ema))
     show(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else text(facts))
 
 

@@ -75,20 +75,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, ArithmeticError) as error:
         return failed(error, 1)
     except Exception as error:
-        if lost := lost_process(str(error)):
-            error = ConnectionError(lost)
-        elif type(error).__name__ not in MACHINE_ERRORS and NO_MEMORY not in str(error):
+        if type(error).__name__ not in MACHINE_ERRORS and NO_MEMORY not in str(error):
             raise
         return failed(error, 1)
-
-
-def lost_process(message: str) -> str:
-    """Return what an error of torch says of another process, "" if it is of something else."""
-    if "by peer" in message:  # gloo's word for it; torchrun tells which one, and why
-        return "another process has ended"
-    if "imed out" in message and "wait" in message.lower():  # gloo's, and NCCL's
-        return "another process no longer answers; the same command resumes from what was saved"
-    return ""
 
 
 def run(args: Sequence[str]) -> int:

@@ -8,9 +8,8 @@ from tyro.conf import Positional
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.checkpoints import newest_weights, open_autoencoder
+from remixdit.cli.checkpoints import load_newest, open_autoencoder
 from remixdit.cli.terminal import Bar, say
-from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.files import claim, target_of, write_about, write_samples
 from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
@@ -64,8 +63,7 @@ def draw(arguments: SampleArguments) -> None:
     """Draw the images and write them."""
     target = target_of(arguments.output)
     device = distributed.pick_device(arguments.device)
-    weights = newest_weights(arguments.checkpoint, arguments.ema)
-    model = load_model(weights, ema=arguments.ema, device=str(device))
+    model = load_newest(arguments.checkpoint, arguments.ema, device)
     config = sampling_config(arguments, model)
     class_labels = labels_of(model, config).tolist()
     model.sample_with(PRECISIONS[arguments.precision], arguments.compile)

@@ -1,8 +1,10 @@
 """A directory of shards in the making: after a crash it holds whole files only."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +16,7 @@ import numpy as np
 
 from remixdit.data.index import INDEX_FILE, shard_file
 from remixdit.data.shards import LABELS_FILE
-from remixdit.files import PARTIAL_SUFFIX, file_digest, partial_path, put_in_place, write_file
+from remixdit.files import PARTIAL_SUFFIX, file_digest, partial_path, put_in_place, sync, write_file
 from remixdit.images.squares import PictureBatch
 
 __all__ = ["PARTS_DIR", "EncodedDir", "ShardRecord", "ShardWriter"]
@@ -65,8 +67,24 @@ class EncodedDir:
         if self._tidy_if_merged():
             return False
         self.parts.mkdir(parents=True, exist_ok=True)
-        _write(self.parts / SETTINGS_FILE, _json(self.settings))
-        return True
+        if stated is None:
+            self._claim()
+        else:
+            _write(self.parts / SETTINGS_FILE, _json(self.settings))
+        return not self._tidy_if_merged()
+
+    def _claim(self) -> None:
+        """State the settings where there were none, unless another process is faster."""
+        path = self.parts / SETTINGS_FILE
+        is_first = _write_first(path, _json(self.settings))
+        # One that was much faster has finished, and the index has its settings.
+        places = [self.directory / INDEX_FILE] if is_first else [path, self.directory / INDEX_FILE]
+        try:
+            self._check_same(_first_json(*places) or self.settings)
+        except ValueError:
+            if is_first:
+                path.unlink()
+            raise
 
     def record(self, number: int) -> ShardRecord | None:
         """Return the record of a shard, if it is there."""
@@ -220,6 +238,24 @@ def _merged(
 
 def _write(path: Path, content: bytes) -> None:
     write_file(path, lambda beside: beside.write_bytes(content), shared=True)
+
+
+def _write_first(path: Path, content: bytes) -> bool:
+    """Write a file that does not exist yet; return False if another process has written it."""
+    beside = partial_path(path, shared=True)
+    try:
+        beside.write_bytes(content)
+        sync(beside)
+        os.link(beside, path)  # unlike a rename it does not replace
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        beside.replace(path)  # this file system has no hard links
+    finally:
+        beside.unlink(missing_ok=True)
+    return True
 
 
 def _first_json(*paths: Path) -> dict[str, Any] | None:

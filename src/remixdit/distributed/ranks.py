@@ -14,7 +14,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout, _world
+from torch.distributed.rendezvous import rendezvous
+
+from remixdit.distributed.lost import lost_process
 
 __all__ = [
     "Ranks",
@@ -29,7 +32,7 @@ __all__ = [
 ]
 
 # Time-outs of a process that waits for others: encoding and a first compilation may take long,
-# steps do not. REMIXDIT_STEP_SECONDS sets another time-out of a step.
+# joining and steps do not. REMIXDIT_STEP_SECONDS sets another time-out of these two.
 FIRST_TIMEOUT = timedelta(hours=24)
 STEP_SECONDS = 600
 SMALL_BYTES = 2**20  # tensors up to this size are reduced together
@@ -63,17 +66,42 @@ def pick_device(name: str) -> torch.device:
 
 
 def start(device: torch.device) -> Ranks:
-    """Join the process group that torchrun describes in the environment, if there is one."""
+    """Join the process group that torchrun describes in the environment, if there is one.
+
+    Raises:
+        ConnectionError: Another process has not joined in time.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if not dist.is_initialized():
-        on_gpu = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=FIRST_TIMEOUT,
-            device_id=device if on_gpu else None,
-        )
+        try:
+            join(device)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"the processes have not met: {reason}") from error
+        _set_pg_timeout(FIRST_TIMEOUT, None)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes.
+
+    After `--max-restarts` the store of torchrun still has the addresses of processes that have
+    ended (github.com/pytorch/pytorch/issues/135712), so the names there begin with the number of
+    restarts. Each of several torchruns counts its own, so they have to share no store instead.
+    """
+    on_gpu = device.type == "cuda"
+    store, rank, size = next(rendezvous("env://", timeout=step_timeout()))
+    is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_alone else "0"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=PrefixStore(f"remixdit/{restarts}", store),
+        rank=rank,
+        world_size=size,
+        timeout=step_timeout(),
+        device_id=device if on_gpu else None,
+    )
 
 
 def stop() -> None:
@@ -81,11 +109,19 @@ def stop() -> None:
 
     A wrong request is wrong for every process, and the first reports it. It may still be joining
     and must not find that another has left, so the others wait for it.
+
+    Raises:
+        ConnectionError: This process fails because another has ended or hangs.
     """
-    if dist.is_initialized() and dist.get_rank() and sys.exc_info()[0] is not None:
+    if not dist.is_initialized():
+        return
+    error = sys.exc_info()[1]
+    lost = lost_process(error)
+    if dist.get_rank() and error is not None and not lost:
         time.sleep(PATIENCE_SECONDS)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+    if lost:
+        raise ConnectionError(lost) from error
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> int:
@@ -153,7 +189,9 @@ class Wishes:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=step_timeout())
         self.pending: tuple[Tensor, dist.Work] | None = None
 
     def exchange(self, *own: bool) -> list[bool]:
@@ -176,7 +214,7 @@ class Wishes:
 
     def lose_patience(self) -> None:
         """Wait only minutes for other processes from now on; one that hangs then ends all."""
-        for group in [None, self.group] if self.group else []:
+        for group in _world.pg_map:  # those of FSDP2's meshes too
             _set_pg_timeout(step_timeout(), group)
 
 

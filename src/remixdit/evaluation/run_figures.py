@@ -14,7 +14,7 @@ from remixdit.figures.plots import (
     loss_curve,
 )
 from remixdit.model.describe import describe
-from remixdit.model.loading import find_model
+from remixdit.model.loading import find_model, read_while_training
 from remixdit.training.run import read_metrics, stated_settings
 
 __all__ = ["run_figures"]
@@ -40,7 +40,7 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
         find_model(run_dir)
     except ValueError:
         return  # no checkpoint yet
-    facts = describe(run_dir)
+    facts = read_while_training(run_dir, lambda: describe(run_dir))
     yield (
         "loss-by-interval",
         loss_by_interval(interval_losses(rows), logged_boundaries(run_dir, facts)),

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
@@ -26,9 +27,12 @@ __all__ = [
     "located",
     "model_config",
     "newest_checkpoint",
+    "read_while_training",
     "stated_config",
     "steps_done",
 ]
+
+Result = TypeVar("Result")
 
 DIFFUSERS = ""  # in place of a file's name: diffusers may have cut the weights into several
 
@@ -45,6 +49,8 @@ class Found:
     def step(self) -> int | None:
         """Number of optimizer steps done, None for a model, which does not state it."""
         if not (self.directory / STATE_FILE).is_file():
+            if not self.directory.exists():  # by a run that trains on
+                raise ValueError(f"model must be there, got {self.directory}: it was removed")
             return None
         with damage_named(self.directory):
             return read_state(self.directory).step
@@ -70,13 +76,28 @@ def load_model(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Re
         ema: Whether to take the averaged weights of a checkpoint rather than its last ones.
         device: Device of the weights.
     """
-    found = located(path, ema)
-    with damage_named(found.directory):
-        if found.weights == DIFFUSERS:
-            return load_diffusers(found.directory).to(device)
-        if (found.directory / STATE_FILE).is_file():
-            check_whole(found.directory, ("config.json", found.weights))
-        return RemixDiT.from_directory(found.directory, found.weights, device)
+
+    def load() -> RemixDiT:
+        found = located(path, ema)
+        with damage_named(found.directory):
+            if found.weights == DIFFUSERS:
+                return load_diffusers(found.directory).to(device)
+            if (found.directory / STATE_FILE).is_file():
+                check_whole(found.directory, ("config.json", found.weights))
+            return RemixDiT.from_directory(found.directory, found.weights, device)
+
+    return read_while_training(path, load)
+
+
+def read_while_training(path: str | Path, read: Callable[[], Result]) -> Result:
+    """Read the newest weights of a run; again if it trains on and has removed them meanwhile."""
+    while True:
+        newest = newest_checkpoint(Path(path))
+        try:
+            return read()
+        except (ValueError, OSError):
+            if newest is None or newest.exists():
+                raise
 
 
 def model_config(directory: Path) -> RemixConfig:

@@ -16,7 +16,8 @@ __all__ = ["Stop", "Watch"]
 class Stop:
     """A wish that a run saves and ends; a signal handler may state it at any time.
 
-    `--stop-after` counts from when this is made.
+    `--stop-after` counts from when this is made, and torchrun, the parent of several processes, is
+    known from then on: made before they meet, as they cannot meet without it.
     """
 
     reason = ""
@@ -26,6 +27,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
+        self.parent = os.getppid()
 
     def ask(self, reason: str) -> None:
         """Let the run end after the step; the first reason is kept."""
@@ -45,7 +47,6 @@ class Watch:
         self.output, self.ranks, self.stop = output, ranks, stop
         self.limit = seconds_of(output.stop_after)
         self.saved = time.monotonic()
-        self.parent = os.getppid()
         self.wishes = Wishes()
 
     def after_step(self, is_saved: bool) -> tuple[bool, bool]:
@@ -62,7 +63,7 @@ class Watch:
             saves = bool(minutes) and now - self.saved >= 60 * minutes
         if is_saved or saves:
             self.saved = now
-        if self.ranks.num_ranks > 1 and os.getppid() != self.parent:
+        if self.ranks.num_ranks > 1 and os.getppid() != self.stop.parent:
             self.stop.ask("the end of torchrun")
         stops, saves = self.wishes.exchange(bool(self.stop.reason), saves)
         if stops:

@@ -1,0 +1,50 @@
+"""Commands read a run that writes and removes checkpoints meanwhile."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from remixdit.cli.main import main
+from remixdit.training.run import read_metrics
+from tests.command_line import remixdit
+from tests.processes import start_processes, wait_for_checkpoint
+
+DRAWING = "--num-images 2 --num-inference-steps 1"
+
+
+def drawn(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, np.ndarray]:
+    """Draw images; return the step that the command says last, and the images."""
+    output = line.split()[3]
+    assert main(line.split()) == 0, capsys.readouterr().err
+    steps = re.findall(r"weights of step ([\d,]+)", capsys.readouterr().err)
+    with np.load(output) as arrays:
+        return int(steps[-1].replace(",", "")), arrays["arr_0"]
+
+
+def test_images_are_those_of_the_step_that_is_said(data, tmp_path, capsys):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train = f"train tiny --data {data} --save-every 2 --log-every 1 --output-dir"
+    process = start_processes(f"{train} {run} --keep-checkpoints 1 --steps 100000", 1)
+    wait_for_checkpoint(run)
+    found = {}
+    try:
+        for attempt in range(20):
+            step, images = drawn(
+                f"sample {run} --output {tmp_path}/{attempt}.npz {DRAWING}", capsys
+            )
+            found[step] = images
+            assert main(f"info {run} --json".split()) == 0
+            assert json.loads(capsys.readouterr().out)["step"] >= step
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    assert len(read_metrics(run)) > 20
+    steps = sorted(found)[:3]
+    remixdit(f"{train} {whole} --keep-checkpoints 1000 --steps {steps[-1] + 1}")
+    for step in steps:
+        place = whole / "checkpoints" / f"step-{step:08}"
+        line = f"sample {place} --output {tmp_path}/{step}-again.npz {DRAWING}"
+        assert np.array_equal(drawn(line, capsys)[1], found[step])
