@@ -17,7 +17,7 @@ from rich.console import Console
 from remixdit.figures.text import one_line, printable
 from remixdit.progress import Progress
 
-__all__ = ["Bar", "follow", "say", "show"]
+__all__ = ["Bar", "follow", "is_first", "say", "show"]
 
 LINE_SECONDS = 60
 
