@@ -15,6 +15,7 @@ from PIL import Image
 
 from remixdit import __version__
 from remixdit.cli.main import COMMANDS, main
+from remixdit.cli.next_steps import remixdit_command
 from tests.command_line import (
     SIDE,
     files_below,
@@ -82,8 +83,9 @@ def test_run_without_a_terminal_says_what_is_next_and_nothing_else(tmp_path):
     done = in_process_of_its_own(f"train tiny --data {data} --output-dir {tmp_path}/run")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == (
-        f"remixdit: trained 20 steps; the model is {tmp_path}/run/model; to draw images: "
-        f"remixdit sample {tmp_path}/run --output images.png\n"
+        f"remixdit: trained 20 steps; the model is {tmp_path}/run/model; next:\n"
+        f"{remixdit_command()} sample {tmp_path}/run --output {tmp_path}/run/images.png\n"
+        f"{remixdit_command()} plot {tmp_path}/run\n"
     )
 
 
@@ -91,7 +93,7 @@ def test_long_run_without_a_terminal_says_a_line_a_minute(tmp_path, capsys, monk
     monkeypatch.setattr("remixdit.cli.terminal.LINE_SECONDS", 0)
     data = write_npz(tmp_path / "pictures.npz")
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --experts-per-step 2")
-    *_, last, _ = capsys.readouterr().err.splitlines()
+    last = capsys.readouterr().err.splitlines()[-4]  # then what was done, and two commands
     number = r"[\d.,]+"
     assert re.fullmatch(
         rf"remixdit: train 20/20, loss {number}, experts \d \d, (saved step \d+, )?"

@@ -7,12 +7,14 @@ import torch
 from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
 from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
+from remixdit.model.config import RemixConfig
 from remixdit.model.loading import find_model, load_model
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
 
 __all__ = [
     "check_precision",
+    "draws_images",
     "names_model",
     "newest_weights",
     "open_autoencoder",
@@ -76,13 +78,17 @@ def open_autoencoder(model: RemixDiT, device: torch.device) -> Autoencoder:
     autoencoder = load_autoencoder(model.config.autoencoder)
     if isinstance(autoencoder, LatentAutoencoder):
         return autoencoder.to(device)
-    channels = model.config.network.in_channels
-    if channels not in (1, 3):
+    if not draws_images(model.config):
         raise ValueError(
-            f"autoencoder must be known for a model of {channels} channels, got none: import it "
-            "again with --autoencoder"
+            f"autoencoder must be known for a model of {model.config.network.in_channels} "
+            "channels, got none: import it again with --autoencoder"
         )
     return autoencoder
+
+
+def draws_images(config: RemixConfig) -> bool:
+    """Whether a model draws pixels, or says which autoencoder makes pixels of its latents."""
+    return config.autoencoder.get("name", "none") != "none" or config.network.in_channels in (1, 3)
 
 
 def check_precision(precision: str) -> None:
