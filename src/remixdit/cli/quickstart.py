@@ -7,7 +7,7 @@ from itertools import groupby
 from remixdit.cli.arguments import parse
 from remixdit.cli.next_steps import remixdit_command, say_next
 from remixdit.cli.terminal import Bar, say
-from remixdit.study.quickstart import QuickstartConfig, next_commands, quickstart
+from remixdit.study.quickstart import RUNS, QuickstartConfig, next_commands, quickstart
 
 __all__ = ["run"]
 
@@ -20,7 +20,8 @@ def run(args: Sequence[str]) -> None:
         for stage, reports in groupby(stages, key=lambda progress: progress.stage):
             if not sys.stderr.isatty():
                 say(stage)
-            with Bar(stage, 1) as bar:
+            is_run = stage in RUNS
+            with Bar(stage, 1, "images" if is_run else "", config.batch_size) as bar:
                 for progress in reports:
                     bar.update(progress.done, progress.note, total=progress.total)
     except KeyboardInterrupt:

@@ -124,7 +124,7 @@ def begun(
 
 def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Progress]:
     """Take the remaining steps."""
-    output, loss = config.output, ""
+    output, loss = config.output, None
     recorder, watch = Recorder(config, training), Watch(config.output, training.ranks, stop)
     try:
         for inputs in training.batches():
@@ -139,10 +139,12 @@ def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Pr
             metrics = None
             if saves or is_due(training.step, config, output.log_every):
                 metrics = training.metrics()
-                loss = f"loss {metrics['loss']:.4f}, "
+                loss = metrics["loss"]
+            elif training.step - recorder.first_step < output.log_every:  # not logged yet
+                loss = training.loss_so_far()
             recorder.record(metrics, saves)
-            note = loss + experts_note(inputs.plan.strata) + recorder.saved_note()
-            yield Progress("train", training.step, config.steps, note)
+            notes = (loss_note(loss), experts_note(inputs.plan.strata), recorder.saved_note())
+            yield Progress("train", training.step, config.steps, ", ".join(filter(None, notes)))
             if ends:
                 break
         watch.wishes.read()
@@ -151,6 +153,11 @@ def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Pr
     finally:
         recorder.close()
     distributed.barrier()
+
+
+def loss_note(loss: float | None) -> str:
+    """Return the loss, "" while it is not known."""
+    return "" if loss is None else f"loss {loss:.4f}"
 
 
 def experts_note(experts: Sequence[int]) -> str:

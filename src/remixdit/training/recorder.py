@@ -81,7 +81,7 @@ class Recorder:
 
     def saved_note(self) -> str:
         """Return which checkpoint was written last."""
-        return "" if self.writer.saved is None else f", saved step {self.writer.saved}"
+        return "" if self.writer.saved is None else f"saved step {self.writer.saved}"
 
     def close(self) -> None:
         """End the writer's thread, and raise an error that happened there."""

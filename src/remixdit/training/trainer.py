@@ -167,6 +167,12 @@ class Training:
         self.window = self._new_window()
         return row
 
+    def loss_so_far(self) -> float | None:
+        """Return the mean loss since the last line of metrics, None where that waits for a GPU."""
+        if self.device.type != "cpu":
+            return None
+        return self.window.loss_so_far(torch.tensor(self.strata.masses))
+
     def reduced_bytes(self) -> int:
         """Return the bytes of gradients that a process hands over in a backward pass."""
         if self.ranks.num_ranks == 1:
