@@ -7,14 +7,12 @@ import torch
 from remixdit.cli.terminal import say
 from remixdit.data import is_shard_dir
 from remixdit.data.autoencoder import Autoencoder, LatentAutoencoder, load_autoencoder
-from remixdit.model.config import RemixConfig
 from remixdit.model.loading import find_model, load_model
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS
 
 __all__ = [
     "check_precision",
-    "draws_images",
     "names_model",
     "newest_weights",
     "open_autoencoder",
@@ -78,17 +76,12 @@ def open_autoencoder(model: RemixDiT, device: torch.device) -> Autoencoder:
     autoencoder = load_autoencoder(model.config.autoencoder)
     if isinstance(autoencoder, LatentAutoencoder):
         return autoencoder.to(device)
-    if not draws_images(model.config):
+    if not model.config.draws_images:
         raise ValueError(
             f"autoencoder must be known for a model of {model.config.network.in_channels} "
             "channels, got none: import it again with --autoencoder"
         )
     return autoencoder
-
-
-def draws_images(config: RemixConfig) -> bool:
-    """Whether a model draws pixels, or says which autoencoder makes pixels of its latents."""
-    return config.autoencoder.get("name", "none") != "none" or config.network.in_channels in (1, 3)
 
 
 def check_precision(precision: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.checkpoints import draws_images
 from remixdit.cli.next_steps import say_next
 from remixdit.interchange import ImportConfig, run_import
 
@@ -29,4 +28,4 @@ def run(args: Sequence[str]) -> None:
     held = f", licence {model.config.license}" if model.config.license else ""
     wrote = f"wrote {config.output}: K = {model.num_bases}, N = {model.num_experts}{held}"
     sample = ("sample", config.output, "--output", config.output / "images.png")
-    say_next(wrote, sample if draws_images(model.config) else ("info", config.output))
+    say_next(wrote, sample if model.config.draws_images else ("info", config.output))

@@ -120,7 +120,7 @@ Autoencoder = Pixels | LatentAutoencoder
 
 
 def load_autoencoder(
-    spec: str | Path | Spec | None, device: torch.device | str = "cpu"
+    spec: str | Path | Spec | None, device: torch.device | str = "cpu", offline: bool = False
 ) -> Autoencoder:
     """Load an autoencoder.
 
@@ -129,6 +129,7 @@ def load_autoencoder(
             diffusers' `save_pretrained` wrote (or a pipeline's, with a folder `vae`); or the
             `spec` of an autoencoder, whose weights and scaling must then be the same.
         device: Device of its weights.
+        offline: Whether to leave the hub alone, so that only what was downloaded is found.
 
     Raises:
         ValueError: It cannot be loaded, or is another one than the spec describes.
@@ -136,8 +137,8 @@ def load_autoencoder(
     if spec is None or spec == "none" or (isinstance(spec, Mapping) and spec["name"] == "none"):
         return Pixels()
     if not isinstance(spec, Mapping):
-        return _from_pretrained(str(spec)).to(device)
-    autoencoder = _from_pretrained(spec["name"])
+        return _from_pretrained(str(spec), offline).to(device)
+    autoencoder = _from_pretrained(spec["name"], offline)
     for key, found in autoencoder.spec.items():
         if key != "name" and spec.get(key, found) != found:  # the digest tells more than a path
             raise ValueError(
@@ -162,7 +163,7 @@ def scale_and_shift(spec: Spec) -> tuple[Tensor, Tensor]:
     return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
 
-def _from_pretrained(name: str) -> LatentAutoencoder:
+def _from_pretrained(name: str, offline: bool) -> LatentAutoencoder:
     from diffusers import AutoencoderKL
 
     is_local = Path(name).is_dir()
@@ -170,7 +171,11 @@ def _from_pretrained(name: str) -> LatentAutoencoder:
     _quiet_diffusers()
     try:
         network = AutoencoderKL.from_pretrained(
-            name, subfolder=subfolder, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            name,
+            subfolder=subfolder,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            local_files_only=offline,
         )
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().split("\n", 1)[0]

@@ -142,7 +142,14 @@ def stage_config(config: QuickstartConfig, stage: str) -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=3e-3, betas=(0.9, 0.99), warmup_steps=50, ema_decay=0.995
         ),
-        output=OutputConfig(log_every=50, save_every=250, keep_checkpoints=1),
+        output=OutputConfig(
+            log_every=50,
+            save_every=250,
+            keep_checkpoints=1,
+            sample_every=None,
+            sample_images=10,
+            sample_inference_steps=25,
+        ),
     )
     if stage == "pretrained":
         return pretrained

@@ -127,6 +127,7 @@ def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Pr
     output, loss = config.output, None
     recorder, watch = Recorder(config, training), Watch(config.output, training.ranks, stop)
     try:
+        recorder.begin()
         for inputs in training.batches():
             if training.step >= config.steps:
                 break
@@ -140,10 +141,12 @@ def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Pr
             if saves or is_due(training.step, config, output.log_every):
                 metrics = training.metrics()
                 loss = metrics["loss"]
-            elif training.step - recorder.first_step < output.log_every:  # not logged yet
-                loss = training.loss_so_far()
             recorder.record(metrics, saves)
-            notes = (loss_note(loss), experts_note(inputs.plan.strata), recorder.saved_note())
+            notes = (
+                loss_note(loss, training),
+                experts_note(inputs.plan.strata),
+                recorder.saved_note(),
+            )
             yield Progress("train", training.step, config.steps, ", ".join(filter(None, notes)))
             if ends:
                 break
@@ -155,8 +158,9 @@ def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Pr
     distributed.barrier()
 
 
-def loss_note(loss: float | None) -> str:
-    """Return the loss, "" while it is not known."""
+def loss_note(loss: float | None, training: Training) -> str:
+    """Return the loss of the last line of metrics, before the first one the loss so far."""
+    loss = training.loss_so_far() if loss is None else loss
     return "" if loss is None else f"loss {loss:.4f}"
 
 
