@@ -15,6 +15,7 @@ from PIL import Image
 
 from remixdit import __version__
 from remixdit.cli.main import COMMANDS, main
+from remixdit.cli.next_steps import remixdit_command
 from tests.command_line import (
     SIDE,
     files_below,
@@ -83,8 +84,9 @@ def test_run_without_a_terminal_says_what_is_next_and_nothing_else(tmp_path):
     done = in_process_of_its_own(f"train tiny --data {data} --output-dir {tmp_path}/run")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == (
-        f"remixdit: trained 20 steps; the model is {tmp_path}/run/model; to draw images: "
-        f"remixdit sample {tmp_path}/run --output images.png\n"
+        f"remixdit: trained 20 steps; the model is {tmp_path}/run/model; next:\n"
+        f"{remixdit_command()} sample {tmp_path}/run --output {tmp_path}/run/images.png\n"
+        f"{remixdit_command()} plot {tmp_path}/run\n"
     )
 
 
@@ -92,21 +94,21 @@ def test_long_run_without_a_terminal_says_a_line_a_minute(tmp_path, capsys, monk
     monkeypatch.setattr("remixdit.cli.terminal.LINE_SECONDS", 0)
     data = write_npz(tmp_path / "pictures.npz")
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --experts-per-step 2")
-    *_, last, _ = capsys.readouterr().err.splitlines()
+    last = capsys.readouterr().err.splitlines()[-4]  # then what was done, and two commands
     number = r"[\d.,]+"
     assert re.fullmatch(
-        rf"remixdit: train 20/20, loss {number}, experts \d \d, (saved step \d+, )?"
-        rf"{number} images/s, 0:00:00 left",
+        rf"remixdit: train 20/20, loss {number}, {number} images/s, experts \d \d, "
+        rf"(saved step \d+, )?0:00:00 left",
         last,
     )
 
 
-def test_terminal_shows_a_bar(tmp_path):
+def test_a_narrow_terminal_shows_loss_speed_and_time_left_in_every_frame(tmp_path):
     pty = pytest.importorskip("pty")
     data = write_npz(tmp_path / "pictures.npz")
     line = f"-m remixdit train tiny --data {data} --output-dir {tmp_path}/run"
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     process = subprocess.Popen([sys.executable, *line.split()], stderr=theirs, env=environment)
     os.close(theirs)
     shown = ""
@@ -115,8 +117,11 @@ def test_terminal_shows_a_bar(tmp_path):
             shown += part.decode(errors="replace")
     os.close(ours)
     assert process.wait() == 0
-    for part in ("train", "20/20", "loss 0.", "experts 0 1 2 3", "images/s"):
-        assert part in shown
+    frames = re.findall(r"train \S+ +(\d+)/20 ([^\r\n]*)", re.sub(r"\x1b\[[\d;?]*\w", "", shown))
+    stepped = [facts for done, facts in frames if int(done) > 1]
+    assert frames[-1][0] == "20"
+    for facts in stepped:
+        assert re.match(r"loss \d\.\d{4}, [\d.,]+ images/s, experts .* \d:\d\d:\d\d *$", facts)
 
 
 def test_unknown_command_is_named_with_the_one_meant(capsys):

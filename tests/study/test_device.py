@@ -106,7 +106,7 @@ def test_reference_and_training_images_and_images_under_test_are_decoded_on_the_
 def test_grids_during_training_are_decoded_on_the_device_of_the_run(given, tmp_path, monkeypatch):
     asked = []
 
-    def load_autoencoder(spec, device):
+    def load_autoencoder(spec, device, offline):
         asked.append((spec["name"], device))
         raise InterruptedError
 

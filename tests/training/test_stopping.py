@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from remixdit.cli.main import main
+from remixdit.cli.next_steps import remixdit_command, torchrun
 from remixdit.cli.signals import stopped_by_signals
 from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.training.config import seconds_of
@@ -42,7 +43,7 @@ def signal_after_steps(number: int, run: Path) -> None:
 
 def resumed_command(error: str) -> str:
     """Return the command to go on that the last line names."""
-    return error.splitlines()[-1].partition("to go on: remixdit ")[2]
+    return error.splitlines()[-1].removeprefix(f"{remixdit_command()} ")
 
 
 @pytest.mark.parametrize(
@@ -58,14 +59,14 @@ def test_a_signal_saves_and_the_printed_command_goes_on(number, code, data, tmp_
     error = capsys.readouterr().err
     newest = newest_checkpoint(run)
     assert newest
-    assert f"stopped by {signal.Signals(number).name}; saved {newest}; to go on: " in error
-    assert error.count("\n") == 1
+    assert f"stopped by {signal.Signals(number).name}; saved {newest}; next:\n" in error
+    assert error.count("\n") == 2
     assert not (run / "model").exists()
     steps = steps_done(newest) + 2
     assert main([*shlex.split(resumed_command(error)), "--steps", str(steps)]) == 0
     error = capsys.readouterr().err
     assert f"{run} goes on from step {steps - 2} of {steps}" in error
-    assert f"trained {steps} steps; the model is {run}/model; to draw images: " in error
+    assert f"trained {steps} steps; the model is {run}/model; next:\n" in error
     remixdit(f"train tiny --data {data} --output-dir {whole} {LONG} --steps {steps}")
     assert_equal_runs(run, whole, steps)
 
@@ -131,7 +132,10 @@ def test_two_processes_agree_on_a_signal_to_one_of_them(data, tmp_path, capsys):
     _, errors = process.communicate(timeout=60)
     newest = newest_checkpoint(run)
     assert newest
-    assert f"stopped by a signal to another process; saved {newest}; to go on: torchrun" in errors
+    assert (
+        f"stopped by a signal to another process; saved {newest}; next:\n{torchrun(2)} train tiny"
+        in errors
+    )
     assert "exitcode  : 75" in errors
     assert [row["step"] for row in read_metrics(run)] == list(range(1, steps_done(newest) + 1))
 

@@ -8,7 +8,7 @@ import torch
 from remixdit.diffusion.dit import DiTConfig
 from remixdit.training.config import PRECISIONS, MixtureConfig, TrainConfig
 
-__all__ = ["BenchConfig", "runs_of", "setting"]
+__all__ = ["BenchConfig", "runs_of", "setting", "shape_named"]
 
 NAIVELY_MIXED = "attention+mlp"  # what the naive reference can mix
 
@@ -72,22 +72,25 @@ class BenchConfig:
 
     def shape(self) -> DiTConfig:
         """Return the shape of the network."""
-        size, _, patch = self.network.partition("/")
-        if not size[:1].isdecimal():
-            return DiTConfig.named(self.network, input_size=self.input_size)
-        numbers = (*size.lower().split("x"), patch)
-        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
-            raise ValueError(
-                f"network must be SIZE/PATCH or WIDTHxDEPTH/PATCH, got {self.network!r}"
-            )
-        width, depth, edge = (int(number) for number in numbers)
-        return DiTConfig(
-            input_size=self.input_size,
-            patch_size=edge,
-            hidden_size=width,
-            depth=depth,
-            num_heads=max(1, width // 64),
-        )
+        return shape_named(self.network, self.input_size)
+
+
+def shape_named(network: str, input_size: int) -> DiTConfig:
+    """Return a published shape, e.g. S/2, or one given as WIDTHxDEPTH/PATCH."""
+    size, _, patch = network.partition("/")
+    if not size[:1].isdecimal():
+        return DiTConfig.named(network, input_size=input_size)
+    numbers = (*size.lower().split("x"), patch)
+    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"network must be SIZE/PATCH or WIDTHxDEPTH/PATCH, got {network!r}")
+    width, depth, edge = (int(number) for number in numbers)
+    return DiTConfig(
+        input_size=input_size,
+        patch_size=edge,
+        hidden_size=width,
+        depth=depth,
+        num_heads=max(1, width // 64),
+    )
 
 
 def setting(count: int) -> str:

@@ -21,7 +21,7 @@ from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS, TrainConfig
 
-__all__ = ["H100", "Hardware", "StepCost", "step_cost", "step_seconds"]
+__all__ = ["H100", "Hardware", "StepCost", "outline", "step_cost", "step_seconds"]
 
 FLOAT = 4  # bytes of a number: parameters, moments, averages and gradients are float32
 
@@ -91,16 +91,17 @@ class StepCost:
         return sum(self.moved.values())
 
 
-def step_cost(config: TrainConfig, num_ranks: int = 1) -> StepCost:
+def step_cost(config: TrainConfig, num_ranks: int = 1, model: RemixDiT | None = None) -> StepCost:
     """Return what one of R processes spends in a step of a run.
 
     Args:
         config: The run; its network is taken as it stands, whatever the data are.
         num_ranks: R; divides batch_size.
+        model: `outline` of this run, or of another with the same network and mixture.
     """
     size = group_size(config, num_ranks)
     images = config.batch_size // num_ranks
-    model = outline(config)
+    model = outline(config) if model is None else model
     parameters = counted(model, size, PRECISIONS[config.precision])
     trained = [p for p in parameters if p.is_trained]
     reduced = FLOAT * sum(p.numbers for p in trained) if num_ranks > 1 else 0

@@ -99,11 +99,10 @@ def open_autoencoder(model: RemixDiT, device: torch.device) -> Autoencoder:
     autoencoder = load_autoencoder(model.config.autoencoder)
     if isinstance(autoencoder, LatentAutoencoder):
         return autoencoder.to(device)
-    channels = model.config.network.in_channels
-    if channels not in (1, 3):
+    if not model.config.draws_images:
         raise ValueError(
-            f"autoencoder must be known for a model of {channels} channels, got none: import it "
-            "again with --autoencoder"
+            f"autoencoder must be known for a model of {model.config.network.in_channels} "
+            "channels, got none: import it again with --autoencoder"
         )
     return autoencoder
 

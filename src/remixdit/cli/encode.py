@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
+from remixdit.cli.next_steps import say_next
 from remixdit.cli.terminal import follow, say
 from remixdit.data import EncodeConfig, check_apart, encode, open_source
 
@@ -45,3 +46,6 @@ def run(args: Sequence[str]) -> None:
         distributed.stop()
     if skipped:
         say(f"{skipped} of {total} images were skipped: {arguments.output}/index.json says why")
+    preset = "pixels-small" if config.autoencoder == "none" else "s2-plain"
+    training = ("train", preset, "--data", arguments.output, "--output-dir", "run")
+    say_next(f"wrote {total - skipped} images to {arguments.output}", training)

@@ -150,7 +150,7 @@ def of_model(arguments: EvaluateArguments, device: torch.device) -> dict[str, An
         base_config(arguments.sampling, SamplingConfig),
         num_images=arguments.num_images or NUM_SAMPLES,
         seed=arguments.seed,
-        class_labels=label_numbers(arguments.sampling.class_labels, model.config.class_names),
+        class_labels=label_numbers(arguments.sampling.class_labels, model.config),
     )
     facts = {"precision": precision, "ema": ema}
     subject = model_subject(arguments.checkpoint, model, sampling, facts)

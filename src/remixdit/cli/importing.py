@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
-from remixdit.cli.terminal import say
+from remixdit.cli.next_steps import say_next
 from remixdit.interchange import ImportConfig, run_import
 
 __all__ = ["run"]
@@ -26,4 +26,6 @@ def run(args: Sequence[str]) -> None:
     config = base_config(parse(ImportArguments, args, "import"), ImportConfig)
     model = run_import(config)
     held = f", licence {model.config.license}" if model.config.license else ""
-    say(f"wrote {config.output}: K = {model.num_bases}, N = {model.num_experts}{held}")
+    wrote = f"wrote {config.output}: K = {model.num_bases}, N = {model.num_experts}{held}"
+    sample = ("sample", config.output, "--output", config.output / "images.png")
+    say_next(wrote, sample if model.config.draws_images else ("info", config.output))

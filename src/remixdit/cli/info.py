@@ -13,9 +13,12 @@ from remixdit.cli.checkpoints import newest_weights
 from remixdit.cli.terminal import show
 from remixdit.figures.text import one_line
 from remixdit.model.describe import describe
+from remixdit.model.imagenet import imagenet_names
 from remixdit.model.loading import read_while_training
 
 __all__ = ["run"]
+
+MAX_NAMES = 10  # of classes that are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ def text(facts: Mapping[str, Any]) -> str:
             f"{network['num_heads']} heads, patch {network['patch_size']}",
             f"latents      {network['in_channels']} x {network['input_size']} x "
             f"{network['input_size']}, autoencoder {facts['autoencoder']['name']}",
-            f"classes      {network['num_classes']:,}",
+            f"classes      {network['num_classes']:,}{names_text(facts)}",
             f"predicts     {facts['prediction_type']}"
             + (", with learned variance" if network["learn_sigma"] else ""),
             f"mixture      K = {facts['num_bases']} bases, N = {facts['num_experts']} experts, "
@@ -61,6 +64,16 @@ def text(facts: Mapping[str, Any]) -> str:
             *(table(facts) if facts["num_experts"] > 1 else []),
         ]
     )
+
+
+def names_text(facts: Mapping[str, Any]) -> str:
+    """Return the first names of a model's classes, or whose names they go by."""
+    if facts["has_imagenet_names"]:
+        names = imagenet_names()
+        return f", with ImageNet's names: {names[0]} to {names[-1]}"
+    names = tuple(map(one_line, facts["class_names"]))
+    more = ", ..." if len(names) > MAX_NAMES else ""
+    return f": {', '.join(names[:MAX_NAMES])}{more}" if names else ""
 
 
 def table(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -24,6 +24,7 @@ COMMANDS = {
     "quickstart": ("quickstart", "the main job on real digits, on a CPU in minutes, with a report"),
     "encode": ("encode", "images -> shards of pixels or latents; resumable"),
     "data": ("data", "check DIR: verify shards, show a contact sheet and the classes"),
+    "plan": ("plan", "which K, micro-batch and sharding fit a GPU, with memory and hours"),
     "train": ("train", "train or fine-tune; the same command again resumes"),
     "sample": ("sample", "draw images: a grid, an npz or files"),
     "demo": ("demo", "a page in the browser: images, experts and coefficients at work"),

@@ -11,8 +11,9 @@ from tyro.conf import Positional
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.checkpoints import open_model
+from remixdit.cli.next_steps import say_next
 from remixdit.cli.results import as_json
-from remixdit.cli.terminal import follow, say
+from remixdit.cli.terminal import follow
 from remixdit.evaluation.held_out import open_held_out
 from remixdit.evaluation.merging import MergeConfig, halves, measured_losses, search
 from remixdit.files import new_directory, refuse_occupied
@@ -69,7 +70,10 @@ def run(args: Sequence[str]) -> None:
         print(as_json(result))
     elif arguments.data is not None:
         print(text(result))
-    say(f"wrote {arguments.output}: one plain network of {model.num_experts} experts")
+    say_next(
+        f"wrote {arguments.output}: one plain network of {model.num_experts} experts",
+        ("sample", arguments.output, "--output", arguments.output / "images.png"),
+    )
 
 
 def chosen(model: RemixDiT, arguments: MergeArguments) -> tuple[Tensor, dict[str, Any]]:

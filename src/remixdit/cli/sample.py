@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 
 from tyro.conf import Positional
 
@@ -10,6 +11,8 @@ from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.checkpoints import load_newest, open_autoencoder
 from remixdit.cli.terminal import Bar, say
+from remixdit.model.config import RemixConfig
+from remixdit.model.imagenet import has_imagenet_names, imagenet_label, imagenet_names
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.files import claim, target_of, write_about, write_samples
 from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
@@ -89,24 +92,33 @@ def draw(arguments: SampleArguments) -> None:
 
 def sampling_config(arguments: SampleArguments, model: RemixDiT) -> SamplingConfig:
     """Return how to sample, after checking that it fits the model."""
-    labels = label_numbers(arguments.class_labels, model.config.class_names)
+    labels = label_numbers(arguments.class_labels, model.config)
     config = replace(base_config(arguments, SamplingConfig), class_labels=labels)
     config.resolved_scheduler(model)
     return config
 
 
-def label_numbers(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
+def label_numbers(text: str, config: RemixConfig) -> tuple[int, ...]:
     """Return the labels meant by "3,7" or "cat,dog"; digits are always a number."""
-    labels = []
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        if word.lstrip("-").isdecimal():
-            labels.append(int(word))
-        elif word in class_names:
-            labels.append(class_names.index(word))
-        else:
-            known = json.dumps(class_names[:10], ensure_ascii=False)
-            raise ValueError(
-                f"class_labels must be numbers or names of the model's {len(class_names)} classes "
-                f"(such as {known}), got {word!r}"
-            )
-    return tuple(labels)
+    words = filter(None, (part.strip() for part in text.split(",")))
+    return tuple(label_number(word, config) for word in words)
+
+
+def label_number(word: str, config: RemixConfig) -> int:
+    """Return the label that a word means for a model."""
+    if word.lstrip("-").isdecimal():
+        return int(word)
+    if word in config.class_names:
+        return config.class_names.index(word)
+    known = config.class_names
+    if has_imagenet_names(config):
+        label = imagenet_label(word)
+        if label is not None:
+            return label
+        close = get_close_matches(word, imagenet_names(), 3)
+        known = tuple(close) or imagenet_names()
+    such = f" (such as {json.dumps(known[:10], ensure_ascii=False)})" if known else ""
+    raise ValueError(
+        f"class_labels must be numbers or names of the model's {config.network.num_classes} "
+        f"classes{such}, got {word!r}"
+    )

@@ -13,13 +13,15 @@ from typing import Self, TypeVar
 
 from rich import progress as rich_progress
 from rich.console import Console
+from rich.table import Column
 
 from remixdit.figures.text import one_line, printable
 from remixdit.progress import Progress
 
-__all__ = ["Bar", "follow", "say", "show"]
+__all__ = ["Bar", "follow", "is_first", "say", "show"]
 
 LINE_SECONDS = 60
+BAR_WIDTH = 16  # leaves room for loss and speed in 80 columns
 
 Result = TypeVar("Result")
 NO_UNITS: Mapping[str, str] = MappingProxyType({})
@@ -81,12 +83,17 @@ class Bar:
         """Show the bar, in a terminal."""
         if sys.stderr.isatty() and is_first():
             self.progress = rich_progress.Progress(
-                rich_progress.TextColumn("{task.description}"),
-                rich_progress.BarColumn(),
-                rich_progress.MofNCompleteColumn(),
-                rich_progress.TextColumn("{task.fields[facts]}"),
-                rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("{task.description}", table_column=whole()),
+                rich_progress.BarColumn(BAR_WIDTH, table_column=whole()),
+                rich_progress.MofNCompleteColumn(table_column=whole()),
+                # What is left of the line, in which the first facts are the last to be cut.
+                rich_progress.TextColumn(
+                    "{task.fields[facts]}",
+                    table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                ),
+                rich_progress.TimeRemainingColumn(table_column=whole()),
                 console=Console(stderr=True),
+                expand=True,
             )
             self.progress.add_task(self.name, total=self.total, facts="")
             self.progress.start()
@@ -103,14 +110,14 @@ class Bar:
             self.progress.stop()
 
     def update(self, done: int, *facts: str, total: int | None = None) -> None:
-        """Show that `done` of the total are done, and facts such as a loss."""
+        """Show that `done` of the total are done, and facts, those of a run separated by commas."""
         now, self.total = time.monotonic(), total or self.total
         if self.first < 0:  # a resumed run begins in the middle
             self.started, self.first = now, done
         speed = (done - self.first) * self.scale / max(now - self.started, 1e-9)
-        shown = [fact for fact in facts if fact]
-        if self.unit and speed:
-            shown.append(f"{speed:,.{0 if speed >= 10 else 2}f} {self.unit}/s")
+        shown = [part for fact in facts if fact for part in fact.split(", ")]
+        if self.unit and speed:  # after the loss, so that a narrow terminal shows both
+            shown.insert(1, f"{speed:,.{0 if speed >= 10 else 2}f} {self.unit}/s")
         if self.progress is not None:
             task = self.progress.task_ids[0]
             self.progress.update(task, completed=done, total=self.total, facts=", ".join(shown))
@@ -128,6 +135,11 @@ class Bar:
         elif now - self.said >= LINE_SECONDS:
             say(fact)
             self.said = now
+
+
+def whole() -> Column:
+    """Return a column of the bar that is never cut."""
+    return Column(no_wrap=True)
 
 
 def clock(seconds: float) -> str:

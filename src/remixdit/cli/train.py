@@ -1,7 +1,6 @@
 """`remixdit train PRESET`."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -12,7 +11,8 @@ import tyro
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.checkpoints import newest_start
-from remixdit.cli.signals import TEMPORARY, stopped_by_signals
+from remixdit.cli.next_steps import say_next, torchrun
+from remixdit.cli.signals import INTERRUPTED, TEMPORARY, stopped_by_signals
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.loading import newest_checkpoint, steps_done
 from remixdit.training.config import MixtureConfig, TrainConfig
@@ -41,7 +41,7 @@ class TrainArguments(TrainConfig):
 
 def run(args: Sequence[str]) -> None:
     """Train."""
-    name, *rest = args or [""]
+    name = args[0] if args else ""
     if name in ("-h", "--help"):
         width = max(map(len, PRESETS)) + 2
         lines = (
@@ -50,18 +50,7 @@ def run(args: Sequence[str]) -> None:
         )
         print(HELP.format(presets="\n".join(lines)), end="")
         return
-    if not name or name.startswith("-"):
-        raise ValueError(f"preset must come first, one of {', '.join(PRESETS)}, got {name!r}")
-    settings: dict[str, Any] = dict(preset(name).settings)
-    rest, num_bases = one_name_each(rest)
-    if num_bases > 1:  # the networks are the bases, and differ in every parameter
-        mixture = settings.get("mixture", MixtureConfig())
-        num_experts = max(num_bases, mixture.num_experts)
-        settings["mixture"] = replace(
-            mixture, num_bases=num_bases, num_experts=num_experts, mixed="all"
-        )
-    default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
-    config = base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
+    config = config_of(args)
     check_start(name, config.init_from)
     if config.init_from and newest_checkpoint(config.output_dir) is None:
         for given in (config.init_from, *config.further_bases):
@@ -75,7 +64,24 @@ def run(args: Sequence[str]) -> None:
     finally:
         distributed.stop()
     if stop.reason and not is_finished(config):
-        end_early(config, stop, ["remixdit", "train", *args])
+        end_early(config, stop, ["train", *args])
+
+
+def config_of(args: Sequence[str]) -> TrainConfig:
+    """Return the run that a preset and options describe."""
+    name, *rest = args or [""]
+    if not name or name.startswith("-"):
+        raise ValueError(f"preset must come first, one of {', '.join(PRESETS)}, got {name!r}")
+    settings: dict[str, Any] = dict(preset(name).settings)
+    rest, num_bases = one_name_each(rest)
+    if num_bases > 1:  # the networks are the bases, and differ in every parameter
+        mixture = settings.get("mixture", MixtureConfig())
+        num_experts = max(num_bases, mixture.num_experts)
+        settings["mixture"] = replace(
+            mixture, num_bases=num_bases, num_experts=num_experts, mixed="all"
+        )
+    default = TrainArguments(data=tyro.MISSING, output_dir=tyro.MISSING, **settings)
+    return base_config(parse(TrainArguments, rest, f"train {name}", default), TrainConfig)
 
 
 def one_name_each(words: Sequence[str]) -> tuple[list[str], int]:
@@ -103,11 +109,12 @@ def show(config: TrainConfig, stop: Stop) -> None:
     if progress is None or progress.stage != "train":
         say(f"{config.output_dir} has its {config.steps} steps already; more --steps extend it")
     elif is_finished(config):
-        model = config.output_dir / "model"
-        sample = shlex.join(
-            ["remixdit", "sample", str(config.output_dir), "--output", "images.png"]
+        run = config.output_dir
+        say_next(
+            f"trained {config.steps} steps; the model is {run / 'model'}",
+            ("sample", run, "--output", run / "images.png"),
+            ("plot", run),
         )
-        say(f"trained {config.steps} steps; the model is {model}; to draw images: {sample}")
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -120,9 +127,7 @@ def end_early(config: TrainConfig, stop: Stop, command: Sequence[str]) -> None:
     """Say what was saved and how to go on; end with the exit code for that."""
     newest = newest_checkpoint(config.output_dir)
     saved = f"saved {newest}" if newest else "nothing was to be saved yet"
-    torchrun = "torchrun ... -m " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    text = f"stopped by {stop.reason}; {saved}; to go on: {torchrun}{shlex.join(command)}"
-    if stop.reason == "SIGINT":
-        raise KeyboardInterrupt(text)
-    say(text)
-    raise SystemExit(TEMPORARY)
+    count, own = (int(os.environ.get(f"{of}WORLD_SIZE", "1")) for of in ("", "LOCAL_"))
+    start = torchrun(own, count // own) if count > 1 else ""
+    say_next(f"stopped by {stop.reason}; {saved}", command, start=start)
+    raise SystemExit(INTERRUPTED if stop.reason == "SIGINT" else TEMPORARY)

@@ -128,7 +128,7 @@ Autoencoder = Pixels | LatentAutoencoder
 
 
 def load_autoencoder(
-    spec: str | Path | Spec | None, device: torch.device | str = "cpu"
+    spec: str | Path | Spec | None, device: torch.device | str = "cpu", offline: bool = False
 ) -> Autoencoder:
     """Load an autoencoder.
 
@@ -137,6 +137,7 @@ def load_autoencoder(
             diffusers' `save_pretrained` wrote (or a pipeline's, with a folder `vae`); or the
             `spec` of an autoencoder, whose weights and scaling must then be the same.
         device: Device of its weights.
+        offline: Whether to leave the hub alone, so that only what was downloaded is found.
 
     Raises:
         ValueError: It cannot be loaded, or is another one than the spec describes.
@@ -145,8 +146,8 @@ def load_autoencoder(
     if spec is None or spec == "none" or (isinstance(spec, Mapping) and spec["name"] == "none"):
         return Pixels()
     if not isinstance(spec, Mapping):
-        return _from_pretrained(str(spec)).to(device)
-    autoencoder = _from_pretrained(spec["name"])
+        return _from_pretrained(str(spec), offline).to(device)
+    autoencoder = _from_pretrained(spec["name"], offline)
     for key, found in autoencoder.spec.items():
         if key != "name" and spec.get(key, found) != found:  # the digest tells more than a path
             raise ValueError(
@@ -171,10 +172,10 @@ def scale_and_shift(spec: Spec) -> tuple[Tensor, Tensor]:
     return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
 
-def _from_pretrained(name: str) -> LatentAutoencoder:
+def _from_pretrained(name: str, offline: bool) -> LatentAutoencoder:
     from diffusers import AutoencoderKL
 
-    directory = Path(name) if Path(name).is_dir() else _from_hub(name)
+    directory = Path(name) if Path(name).is_dir() else _from_hub(name, offline)
     subfolder = "vae" if (directory / "vae").is_dir() else None
     _quiet_diffusers()
     try:
@@ -191,13 +192,13 @@ def _from_pretrained(name: str) -> LatentAutoencoder:
     return LatentAutoencoder(network, stored_name(name))
 
 
-def _from_hub(name: str) -> Path:
-    """Return where an autoencoder of the hub was downloaded to, now or before."""
+def _from_hub(name: str, offline: bool) -> Path:
+    """Return where an autoencoder of the hub was downloaded to, before or, unless offline, now."""
     if not is_hub_name(name):
         raise ValueError(
             f"autoencoder must be none, a directory, or owner/name on the hub, got {name}"
         )
-    for is_cached in (True, False):
+    for is_cached in (True,) if offline else (True, False):
         if not is_cached:  # the name may be that of a model's file, and not the user's
             logger.warning("looking for the autoencoder %s on the Hugging Face hub", name)
         for weights in WEIGHTS:
@@ -205,6 +206,8 @@ def _from_hub(name: str) -> Path:
             directory = downloaded(name, files, is_cached=is_cached)
             if directory and any((directory / file).is_file() for file in files[1::2]):
                 return directory
+    if offline:
+        raise ValueError(f"autoencoder must be on this machine, got {name} of the hub")
     raise ValueError(f"autoencoder must be one of diffusers, with {WEIGHTS[0]}, got {name}")
 
 

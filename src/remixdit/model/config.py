@@ -103,6 +103,11 @@ class RemixConfig:
         """Whether time is continuous."""
         return self.prediction_type == "flow_prediction"
 
+    @property
+    def draws_images(self) -> bool:
+        """Whether the model draws pixels, or says which autoencoder makes pixels of its latents."""
+        return self.autoencoder["name"] != "none" or self.network.in_channels in (1, 3)
+
     def intervals(self) -> Intervals:
         """Return the intervals of timesteps that the experts own."""
         assert self.boundaries is not None

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from remixdit.diffusion.costs import forward_flops, training_flops
 from remixdit.model.config import RemixConfig
 from remixdit.model.diffusers_dit import load_diffusers
+from remixdit.model.imagenet import has_imagenet_names
 from remixdit.model.loading import DIFFUSERS, Found, damage_named, located, model_config
 
 __all__ = ["describe"]
@@ -35,6 +36,7 @@ def facts_of(found: Found) -> dict[str, Any]:
         "weights": str(weights),
         "step": found.step,
         **config.to_json(),
+        "has_imagenet_names": has_imagenet_names(config),
         "coefficient_kind": config.coefficients,
         **tables_of(found, config),
         "forward_flops_per_image": forward_flops(config.network),

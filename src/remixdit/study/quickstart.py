@@ -13,6 +13,7 @@ both with timesteps stratified over the same intervals: they differ in the mixtu
 """
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,8 +45,9 @@ from remixdit.training.loop import train
 from remixdit.training.optimizer import OptimizerConfig
 from remixdit.training.run import read_metrics
 
-__all__ = ["Progress", "QuickstartConfig", "quickstart"]
+__all__ = ["RUNS", "Progress", "QuickstartConfig", "quickstart"]
 
+RUNS = ("pretrained", "continued", "remixed")
 IMAGE_SIZE = 24  # instead of 28: a quarter less work, and digits as legible
 NUM_HELD_OUT = 500
 NUM_MATRIX_IMAGES = 250
@@ -85,19 +87,24 @@ class Result(NamedTuple):
     """(I, n) validation losses, each of the expert that owns the interval."""
 
 
-def quickstart(config: QuickstartConfig) -> Iterator[Progress]:
-    """Run all stages, skipping finished ones; the report is written last."""
+def quickstart(config: QuickstartConfig, command: str = "remixdit") -> Iterator[Progress]:
+    """Run all stages, skipping finished ones; the report is written last.
+
+    Args:
+        config: The stages.
+        command: How the user calls remixdit, for the commands in the report.
+    """
     yield from prepare_digits(config)
-    for stage in ("pretrained", "continued", "remixed"):
+    for stage in RUNS:
         for progress in train(stage_config(config, stage)):
             yield progress._replace(stage=stage)
     results: dict[str, Result] = {}
-    for stage in ("pretrained", "continued", "remixed"):
+    for stage in RUNS:
         yield Progress(f"measure {stage}", len(results), 3)
         results[stage] = measure(config, stage)
     yield Progress("draw", 0, 1)
     (config.output_dir / "figures").mkdir(exist_ok=True)
-    write_results(config, results)
+    write_results(config, results, command)
     yield Progress("draw", 1, 1)
 
 
@@ -135,7 +142,14 @@ def stage_config(config: QuickstartConfig, stage: str) -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=3e-3, betas=(0.9, 0.99), warmup_steps=50, ema_decay=0.995
         ),
-        output=OutputConfig(log_every=50, save_every=250, keep_checkpoints=1),
+        output=OutputConfig(
+            log_every=50,
+            save_every=250,
+            keep_checkpoints=1,
+            sample_every=None,
+            sample_images=10,
+            sample_inference_steps=25,
+        ),
     )
     if stage == "pretrained":
         return pretrained
@@ -236,7 +250,7 @@ def curves(config: QuickstartConfig) -> dict[str, tuple[list[int], list[float]]]
     return found
 
 
-def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
+def write_results(config: QuickstartConfig, results: dict[str, Result], command: str) -> None:
     """Draw the figures, and write the report around them."""
     remixed = results["remixed"].model
     boundaries = remixed.intervals.boundaries
@@ -272,7 +286,7 @@ def write_results(config: QuickstartConfig, results: dict[str, Result]) -> None:
         summary_table(config, results),
         *(Picture(pictures[name], caption, alt) for name, caption, alt in FIGURES),
         Heading("Do it again"),
-        Commands(next_commands(config)),
+        Commands([f"{command} {shlex.join(words)}" for words in next_commands(config)]),
     ]
     write_report(config.output_dir / "report.html", "Remix-DiT quickstart", blocks)
 
@@ -304,14 +318,17 @@ FIGURES = (
 )
 
 
-def next_commands(config: QuickstartConfig) -> list[str]:
-    """Return commands for the next steps of a user."""
+def next_commands(config: QuickstartConfig) -> list[list[str]]:
+    """Return the words of commands for the next steps of a user."""
     run = config.output_dir
+    remixed, pretrained = f"{run}/remixed", f"{run}/pretrained"
+    drawn = ["--num-images", "100", "--guidance-scale", "2.5", "--output", f"{run}/digits.png"]
+    mine = ["--from", pretrained, "--output-dir", f"{run}/mine"]
+    objective = ["--prediction-type", "v_prediction", "--steps", "200"]
     return [
-        f"remixdit sample {run}/remixed --num-images 100 --guidance-scale 2.5 --output digits.png",
-        f"remixdit demo {run}/remixed --against {run}/pretrained",
-        f"remixdit info {run}/remixed",
-        f"remixdit plot {run}/remixed",
-        f"remixdit train tiny --data {run}/data/train --from {run}/pretrained --output-dir mine "
-        "--prediction-type v_prediction --steps 200",
+        ["sample", remixed, *drawn],
+        ["demo", remixed, "--against", pretrained],
+        ["info", remixed],
+        ["plot", remixed],
+        ["train", "tiny", "--data", f"{run}/data/train", *mine, *objective],
     ]

@@ -36,6 +36,7 @@ MAY_CHANGE = {
     *("output_dir", "tensorboard", "shard", "strict", "shard_size", "recompute", "boundaries"),
     *("compile", "micro_batch_size", "allow_older", "save_minutes", "stop_after"),
     "tracker",
+    *("sample_images", "sample_inference_steps"),
 }
 
 
@@ -175,8 +176,8 @@ class OutputConfig:
     """Time after which the run saves and ends with exit code 75, e.g. 3h50m; none by default."""
     keep_checkpoints: int = 3
     """Number of checkpoints that are kept, the newest ones."""
-    sample_every: int = 0
-    """Number of optimizer steps between grids of sampled images; 0 for no grids."""
+    sample_every: int | None = 0
+    """Number of steps between grids of samples; 0 for none, None for start, middle and end."""
     sample_images: int = 16
     """Number of images in a grid."""
     sample_inference_steps: int = 50
@@ -194,13 +195,19 @@ class OutputConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.sample_every < 0:
+        if self.sample_every is not None and self.sample_every < 0:
             raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
         if not 0 <= self.save_minutes < math.inf:
             raise ValueError(f"save_minutes must be at least 0, got {self.save_minutes}")
         if self.tracker not in ("", *TRACKERS):
             raise ValueError(f"tracker must be one of {', '.join(TRACKERS)}, got {self.tracker!r}")
         seconds_of(self.stop_after)
+
+    def samples_at(self, step: int, steps: int) -> bool:
+        """Whether a grid is due after so many of all steps."""
+        if self.sample_every is None:
+            return step in (0, steps // 2, steps)
+        return bool(self.sample_every and step) and (step == steps or step % self.sample_every == 0)
 
 
 def seconds_of(duration: str) -> float:

@@ -127,9 +127,10 @@ def begun(
 
 def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Progress]:
     """Take the remaining steps."""
-    output, loss = config.output, ""
+    output, loss = config.output, None
     recorder, watch = Recorder(config, training), Watch(config.output, training.ranks, stop)
     try:
+        recorder.begin()
         for inputs in training.batches():
             if training.step >= config.steps:
                 break
@@ -142,10 +143,14 @@ def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Pr
             metrics = None
             if saves or is_due(training.step, config, output.log_every):
                 metrics = training.metrics()
-                loss = f"loss {metrics['loss']:.4f}, "
+                loss = metrics["loss"]
             recorder.record(metrics, saves)
-            note = loss + experts_note(inputs.plan.strata) + recorder.saved_note()
-            yield Progress("train", training.step, config.steps, note)
+            notes = (
+                loss_note(loss, training),
+                experts_note(inputs.plan.strata),
+                recorder.saved_note(),
+            )
+            yield Progress("train", training.step, config.steps, ", ".join(filter(None, notes)))
             if ends:
                 break
         watch.wishes.read()
@@ -154,6 +159,12 @@ def steps_of(config: TrainConfig, training: Training, stop: Stop) -> Iterator[Pr
     finally:
         recorder.close()
     distributed.barrier()
+
+
+def loss_note(loss: float | None, training: Training) -> str:
+    """Return the loss of the last line of metrics, before the first one the loss so far."""
+    loss = training.loss_so_far() if loss is None else loss
+    return "" if loss is None else f"loss {loss:.4f}"
 
 
 def experts_note(experts: Sequence[int]) -> str:

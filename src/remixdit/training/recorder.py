@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from remixdit import distributed
+from remixdit.data.autoencoder import Autoencoder
 from remixdit.distributed.parallel import whole
 from remixdit.files import write_file
 from remixdit.training import checkpoint
@@ -58,13 +61,25 @@ class Recorder:
     def record(self, metrics: dict[str, Any] | None, saves: bool) -> None:
         """Write what is due after a step: a line of metrics, samples, a checkpoint."""
         self.writer.check()
-        output, step = self.config.output, self.training.step
         if metrics is not None and self.joins:
             self._write_metrics(metrics)
-        if output.sample_every and self.joins and is_due(step, self.config, output.sample_every):
-            self._write_samples()
+        self.draw()
         if self.joins and saves:
             self._write_checkpoint()
+
+    def begin(self) -> None:
+        """Write the grid of the start, if one is due."""
+        if not self.first_step:
+            self.draw()
+
+    def draw(self) -> None:
+        """Write a grid of samples, if one is due."""
+        output, training = self.config.output, self.training
+        if not (self.joins and output.samples_at(training.step, self.config.steps)):
+            return
+        autoencoder = self._autoencoder()
+        if autoencoder is not None:
+            self._write_samples(autoencoder)
 
     def finish(self) -> None:
         """Write the finished model, after the last checkpoint is whole."""
@@ -82,7 +97,7 @@ class Recorder:
 
     def saved_note(self) -> str:
         """Return which checkpoint was written last."""
-        return "" if self.writer.saved is None else f", saved step {self.writer.saved}"
+        return "" if self.writer.saved is None else f"saved step {self.writer.saved}"
 
     def close(self) -> None:
         """End the writer's thread, and raise an error that happened there."""
@@ -112,10 +127,29 @@ class Recorder:
                 coefficients = self.training.model.experts.coefficients(logits=tables)
                 board.add_coefficients(coefficients.cpu().numpy(), self.training.step)
 
-    def _write_samples(self) -> None:
+    def _autoencoder(self) -> Autoencoder | None:
+        """Return what decodes samples; None where grids are drawn by default and it is not here."""
+        by_default = self.config.output.sample_every is None
+        found, reason = None, "another process cannot"
+        try:
+            found = self.training.autoencoder(offline=by_default)
+        except ValueError as error:
+            if not by_default:  # asked for
+                raise
+            reason = str(error)
+        if self.training.is_sharded:  # all draw or none does, as sharded weights are gathered
+            able = torch.tensor(float(found is not None), device=self.training.device)
+            distributed.all_reduce([able])
+            found = found if able == self.training.ranks.num_ranks else None
+        if found is None and self.writes and not self.lacks_samples:
+            logger.warning("no pictures of samples are drawn: %s", reason)
+            self.lacks_samples = True
+        return found
+
+    def _write_samples(self, autoencoder: Autoencoder) -> None:
         from remixdit.figures.grids import image_grid
 
-        images, names = self.training.sample()
+        images, names = self.training.sample(autoencoder)
         if not self.writes:
             return
         grid = image_grid(images, 8, names)

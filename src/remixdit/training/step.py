@@ -55,6 +55,12 @@ class Window:
         losses, self.image_losses = self.image_losses, []
         return losses
 
+    def loss_so_far(self, masses: Tensor) -> float:
+        """Return the mean loss of this process's images, NaN without any; the window goes on."""
+        total, _, count = self.losses.cpu()
+        seen = count > 0
+        return mean_of((total / count)[seen], masses[seen])
+
     def means(self, masses: Tensor, batch_size: int) -> dict[str, Any]:
         """Return a line of metrics; only this waits for the device."""
         distributed.all_reduce([self.losses])

@@ -1,5 +1,6 @@
 """A run in progress: the model, its optimizer, its average and its data."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from remixdit import distributed
 from remixdit.data import Batch, Loader, ShardDataset
-from remixdit.data.autoencoder import load_autoencoder
+from remixdit.data.autoencoder import Autoencoder, load_autoencoder
 from remixdit.distributed import Ranks
 from remixdit.distributed.parallel import replicate, shard
 from remixdit.model.loading import newest_checkpoint
@@ -31,6 +32,8 @@ from remixdit.training.start import Start, training_strata
 from remixdit.training.step import Window, gradients
 
 __all__ = ["Training"]
+
+SAMPLED_AT_ONCE = 8  # the activations of an autoencoder are large
 
 
 class Training:
@@ -167,6 +170,12 @@ class Training:
         self.window = self._new_window()
         return row
 
+    def loss_so_far(self) -> float | None:
+        """Return the mean loss since the last line of metrics, None where that waits for a GPU."""
+        if self.device.type != "cpu":
+            return None
+        return self.window.loss_so_far(torch.tensor(self.strata.masses))
+
     def reduced_bytes(self) -> int:
         """Return the bytes of gradients that a process hands over in a backward pass."""
         if self.ranks.num_ranks == 1:
@@ -174,19 +183,27 @@ class Training:
         trained = (p for p in self.model.network.parameters() if p.requires_grad)
         return sum(parameter.numel() * parameter.itemsize for parameter in trained)
 
-    def sample(self) -> tuple[np.ndarray, list[str]]:
+    def autoencoder(self, offline: bool) -> Autoencoder:
+        """Load what makes pixels of samples; offline only if it is on this machine."""
+        if not self.model.config.draws_images:
+            raise ValueError("the data do not say which autoencoder made their latents")
+        return load_autoencoder(self.model.config.autoencoder, self.device, offline)
+
+    def sample(self, autoencoder: Autoencoder) -> tuple[np.ndarray, list[str]]:
         """Draw a few images from the averaged weights: (n, H, W, C) uint8, and their classes."""
+        started = time.perf_counter()
         output, names = self.config.output, self.model.config.class_names
         sampling = SamplingConfig(
             num_images=output.sample_images,
             num_inference_steps=output.sample_inference_steps,
+            batch_size=SAMPLED_AT_ONCE,
             seed=self.config.seed,
         )
-        autoencoder = load_autoencoder(self.model.config.autoencoder, self.device)
         with self.average.swapped_in():
             batches = list(sample(self.model, autoencoder, sampling))
         labels = [int(label) for batch in batches for label in batch.class_labels]
         images = np.concatenate([batch.images for batch in batches])
+        self.window.started += time.perf_counter() - started  # images/s are those of training
         return images, [names[label] for label in labels] if names else []
 
     def _new_window(self) -> Window:
