@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remixdit.figures import grids, plots
+from remixdit.figures import plots
 
 QUARTERS = [0, 250, 500, 750, 1000]
 
@@ -176,62 +176,6 @@ def test_a_name_with_a_dollar_sign_is_no_formula(tmp_path):
     figure = plots.loss_by_interval({name: [1.0, 2.0], "b": [1.0, 2.0]}, [0, 500, 1000])
     plots.save(figure, tmp_path / "loss.png")
     assert figure.legends[0].get_texts()[0].get_text().startswith(r"\$ \frac{ costs")
-
-
-def test_grid_shows_every_pixel_in_reading_order():
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3), dtype=np.uint8)
-    grid = np.asarray(grids.image_grid(images, columns=3, scale=2))
-    pitch_y, pitch_x = 3 * 2 + grids.GAP, 4 * 2 + grids.GAP
-    assert grid.shape == (2 * pitch_y + grids.GAP, 3 * pitch_x + grids.GAP, 3)
-    for index, image in enumerate(images):
-        top, left = grids.GAP + index // 3 * pitch_y, grids.GAP + index % 3 * pitch_x
-        for offset in (0, 1):
-            shown = grid[top + offset : top + 6 : 2, left + offset : left + 8 : 2]
-            assert np.array_equal(shown, image)
-
-
-def test_grey_images_are_enlarged_to_be_seen():
-    images = np.zeros((1, 28, 28, 1), dtype=np.uint8)
-    grid = grids.image_grid(images, columns=1)
-    assert grid.mode == "RGB"
-    assert grid.width - 2 * grids.GAP == 84
-
-
-@pytest.mark.parametrize("label", ["7", "été", "мышь", "鸟", "🙂", "very " * 50, ""])
-def test_labels_stay_below_their_image(label):
-    images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
-    grid = np.asarray(grids.image_grid(images, columns=2, labels=[label, ""]).convert("L"))
-    below = grid[grids.GAP + 64 :]
-    assert (below[:, grids.GAP + 64 :] == 255).all()
-    assert (below[:, : grids.GAP + 64] < 128).any() == bool(label)
-
-
-def test_rows_are_labelled_in_a_margin():
-    images = np.zeros((4, 64, 64, 3), dtype=np.uint8)
-    plain = grids.image_grid(images, columns=2)
-    labelled = grids.image_grid(images, columns=2, row_labels=["continued", "remix"])
-    margin = labelled.width - plain.width
-    assert 40 < margin <= grids.MAX_MARGIN
-    right = labelled.crop((margin, 0, labelled.width, labelled.height))
-    assert np.array_equal(np.asarray(right), np.asarray(plain))
-    for top in (0, plain.height // 2):
-        row = labelled.crop((0, top, margin, top + plain.height // 2))
-        assert np.asarray(row).min() < 128
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "arguments", "message"),
-    [
-        ((2, 3, 8, 8), np.uint8, {}, "images must be"),
-        ((2, 8, 8, 3), np.float32, {}, "images must be"),
-        ((2, 8, 8, 3), np.uint8, {"columns": 0}, "columns must be at least 1, got 0"),
-        ((2, 8, 8, 3), np.uint8, {"labels": ["one"]}, "labels must hold 2 texts, got 1"),
-        ((2, 8, 8, 3), np.uint8, {"row_labels": ["a", "b"]}, "row_labels must hold 1 texts, got 2"),
-    ],
-)
-def test_grid_refuses(shape, dtype, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        grids.image_grid(np.zeros(shape, dtype=dtype), **{"columns": 2, **arguments})
 
 
 def test_saved_picture_is_a_png_wide_enough_for_a_report(tmp_path):
