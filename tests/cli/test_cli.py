@@ -327,7 +327,12 @@ def test_directory_without_a_model_is_refused(tmp_path, capsys):
 def test_plot_draws_what_the_run_has(run, tmp_path):
     remixdit(f"plot {run} --output {tmp_path}/plots")
     names = {"coefficients", "gradients", "loss", "loss-by-interval"}
-    assert files_below(tmp_path / "plots") == {f"{name}.png" for name in names}
+    gif = "coefficients.gif"
+    assert files_below(tmp_path / "plots") == {gif, *(f"{name}.png" for name in names)}
+    with Image.open(tmp_path / "plots" / gif) as animation:
+        assert animation.n_frames == 5  # of the start, and a line every 5 of 20 steps
+    remixdit(f"plot {run} --output {tmp_path}/print --format svg")
+    assert files_below(tmp_path / "print") == {gif, *(f"{name}.svg" for name in names)}
 
 
 def test_plot_draws_a_plain_run_with_strata(tmp_path):
