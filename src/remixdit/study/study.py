@@ -7,8 +7,8 @@ the missing cells, and a stopped cell with its remaining steps.
 
     study/
         config.json              the settings
-        cells/remix/seed-0/      result.json, losses.npz, samples.png; while it trains, run/
-        results.json, table.md, report.html
+        cells/remix/seed-0/      result.json, losses.npz, samples.npz; while it trains, run/
+        results.json, table.md, samples.png, report.html
 
 Shapes: I intervals of the measurement, n held-out images.
 """
@@ -38,15 +38,15 @@ from remixdit.evaluation.held_out import held_out, side_of_shards
 from remixdit.evaluation.image_sets import open_images
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_distance
-from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
 from remixdit.machine import machine
 from remixdit.model.loading import load_model
 from remixdit.model.match import match, side_of
 from remixdit.model.model import RemixDiT
 from remixdit.progress import Progress, finish
-from remixdit.sampling.sampler import SamplingConfig, sample
-from remixdit.study.config import GRID_IMAGES, StudyConfig
+from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
+from remixdit.study.config import StudyConfig
+from remixdit.study.pictures import save_samples
 from remixdit.study.report import write_study
 from remixdit.study.variants import START, chosen_variants, independent_runs, run_config, variant
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
@@ -290,7 +290,8 @@ def scored(config: StudyConfig, model: RemixDiT, directory: Path) -> dict[str, A
     )
     autoencoder = load_autoencoder(model.config.autoencoder, model.device)
     drawn = np.concatenate([batch.images for batch in sample(model, autoencoder, sampling)])
-    image_grid(drawn[:GRID_IMAGES], 10).save(directory / "samples.png")
+    labels = labels_of(model, sampling).tolist()
+    save_samples(directory, drawn, labels, model.config.class_names, sampling.summary(model))
     real = reference_of(config, extractor)
     fake = image_features(np.split(drawn, range(64, len(drawn), 64)), extractor)
     kernel = kernel_distance(real.pool, fake.pool)

@@ -146,12 +146,15 @@ class Recorder:
         return experts.coefficients(logits=whole(experts.logits.detach())).cpu().numpy()
 
     def _write_samples(self) -> None:
-        from remixdit.figures.grids import image_grid
+        from remixdit.figures.grids import image_grid, near_square
 
-        images, names = self.training.sample()
+        images, names, summary = self.training.sample()
         if not self.writes:
             return
-        grid = image_grid(images, 8, names)
+        columns = near_square(len(images), len(set(names)) or 1)
+        step = f"step {self.training.step:,} of {self.config.steps:,}"
+        title = f"{self.config.output_dir.absolute().name}, {step}\n{summary}"
+        grid = image_grid(images, columns, names, title=title)
         path = self.config.output_dir / "samples" / f"step-{self.training.step:08d}.png"
         try:
             path.parent.mkdir(exist_ok=True)

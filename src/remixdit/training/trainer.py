@@ -174,8 +174,14 @@ class Training:
         trained = (p for p in self.model.network.parameters() if p.requires_grad)
         return sum(parameter.numel() * parameter.itemsize for parameter in trained)
 
-    def sample(self) -> tuple[np.ndarray, list[str]]:
-        """Draw a few images from the averaged weights: (n, H, W, C) uint8, and their classes."""
+    def sample(self) -> tuple[np.ndarray, list[str], str]:
+        """Draw a few images from the averaged weights.
+
+        Returns:
+            (n, H, W, C) uint8, the name of the class of each, and the settings of the sampler.
+        """
+        from remixdit.figures.fonts import class_texts  # matplotlib takes a while
+
         output, names = self.config.output, self.model.config.class_names
         sampling = SamplingConfig(
             num_images=output.sample_images,
@@ -187,7 +193,7 @@ class Training:
             batches = list(sample(self.model, autoencoder, sampling))
         labels = [int(label) for batch in batches for label in batch.class_labels]
         images = np.concatenate([batch.images for batch in batches])
-        return images, [names[label] for label in labels] if names else []
+        return images, class_texts(labels, names), sampling.summary(self.model)
 
     def _new_window(self) -> Window:
         return Window(self.strata.num_experts, self.device)
