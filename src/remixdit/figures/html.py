@@ -36,14 +36,14 @@ figcaption, caption { font-size: 0.9rem; opacity: 0.8; text-align: left; margin:
 .wide { overflow-x: auto; }  /* on a phone this box scrolls, the page does not */
 .wide img { min-width: min(var(--width), 40rem); }  /* the letters in it stay legible */
 caption { max-width: min(60rem, 92vw); }  /* of the page, not of a table that is wider */
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.9rem; border-bottom: 1px solid var(--line); text-align: left; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.93rem; }
+th, td { padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; }
 th { border-bottom-width: 2px; }
 .number { text-align: right; }
 pre { background: var(--shade); padding: 0.8rem 1rem; border-radius: 4px; overflow-x: auto; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; }
-  table { font-size: 0.9rem; }
+  table { font-size: 0.88rem; }
   th, td { padding: 0.3rem 0.5rem; }
 }
 @media print {
