@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from remixdit.training.run import read_metrics
+from remixdit.training.run import COEFFICIENTS_FILE, read_metrics
 
 # Adam makes a step of full size of a gradient that is nothing but rounding, so eps is large.
 OPTIONS = "--log-every 1 --steps 6 --ema-decay 0.5 --eps 1e-4 --basis-noise 0.3"
@@ -110,11 +110,13 @@ def free_port() -> int:
 
 
 def assert_equal_runs(run: Path, other: Path, step: int = 20) -> None:
-    """Compare all weights, averages and moments bit for bit, and the losses."""
+    """Compare all weights, averages and moments bit for bit, losses and coefficients."""
     names = [f"checkpoints/step-{step:08}/{part}" for part in ("model", "ema", "optimizer")]
     for name in (*names, "model/model"):
         ours, theirs = (load_file(path / f"{name}.safetensors") for path in (run, other))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
     ours, theirs = ([(r["step"], r["loss"]) for r in read_metrics(path)] for path in (run, other))
+    assert ours == theirs
+    ours, theirs = (read_metrics(path, COEFFICIENTS_FILE) for path in (run, other))
     assert ours == theirs

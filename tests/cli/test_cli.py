@@ -247,8 +247,22 @@ def test_classes_may_be_named(run, tmp_path):
 
 def test_grid_is_a_picture_with_a_column_for_each_class(run, tmp_path):
     remixdit(sample(run, f"{tmp_path}/grid.png", "--class-labels cat,elk"))
-    height, width, _ = picture(tmp_path / "grid.png").shape
-    assert width < height  # 2 columns, 3 rows
+    grid = picture(tmp_path / "grid.png")
+    inside = grid[60:].min(2) < 255  # below the title
+    assert 3 * 64 < len(inside) < 4 * 64 + 60
+    assert 2 * 64 <= np.flatnonzero(inside.any(0)).max() < 3 * 64  # 2 columns, 3 rows
+
+
+def test_strips_stand_beside_the_samples_and_are_replaced_on_request_only(run, tmp_path, capsys):
+    line = sample(run, f"{tmp_path}/a.npz", f"--strips {tmp_path}/strips.png")
+    remixdit(line)
+    height, width, _ = picture(tmp_path / "strips.png").shape
+    assert width < height + 100  # 4 images at 3 moments
+    (tmp_path / "a.npz").unlink()
+    assert refusal(line, capsys).startswith("output must not exist (--overwrite replaces it)")
+    assert files_below(tmp_path) == {"strips.png"}
+    wrong = sample(run, f"{tmp_path}/a.npz", "--strips strips.pdf")
+    assert refusal(wrong, capsys) == "strips must be a .png, got strips.pdf"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +331,12 @@ def test_directory_without_a_model_is_refused(tmp_path, capsys):
 def test_plot_draws_what_the_run_has(run, tmp_path):
     remixdit(f"plot {run} --output {tmp_path}/plots")
     names = {"coefficients", "gradients", "loss", "loss-by-interval"}
-    assert files_below(tmp_path / "plots") == {f"{name}.png" for name in names}
+    gif = "coefficients.gif"
+    assert files_below(tmp_path / "plots") == {gif, *(f"{name}.png" for name in names)}
+    with Image.open(tmp_path / "plots" / gif) as animation:
+        assert animation.n_frames == 5  # of the start, and a line every 5 of 20 steps
+    remixdit(f"plot {run} --output {tmp_path}/print --format svg")
+    assert files_below(tmp_path / "print") == {gif, *(f"{name}.svg" for name in names)}
 
 
 def test_plot_draws_a_plain_run_with_strata(tmp_path):

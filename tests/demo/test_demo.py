@@ -11,11 +11,12 @@ import pytest
 
 from remixdit.cli.demo import DemoArguments, subject_of
 from remixdit.data.autoencoder import Pixels
-from remixdit.demo.frames import MAX_FRAMES, fixed_expert, frames, spread
+from remixdit.demo.frames import MAX_FRAMES, fixed_expert, frames
 from remixdit.demo.page import request_of
 from remixdit.demo.pictures import cell_pixels, heat_map
 from remixdit.demo.show import Subject, results, strip_steps
 from remixdit.model.model import RemixDiT
+from remixdit.sampling.moments import spread
 from remixdit.sampling.sampler import SamplingConfig, sample, sample_latents
 from tests.command_line import refusal, save_model
 from tests.tiny import tiny_dit, tiny_model
@@ -49,6 +50,7 @@ def test_frames_are_bounded_and_hold_those_of_the_strip(total):
     made = spread(total, MAX_FRAMES)
     assert len(made) == len(set(made)) == min(total, MAX_FRAMES)
     assert made[-1] == strip_steps(total)[-1] == total
+    assert total == 1 or made[0] == strip_steps(total)[0] == 1
     assert set(strip_steps(total)) <= set(made)
 
 

@@ -1,10 +1,17 @@
 import sys
+from itertools import pairwise
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
-from remixdit.figures import grids, plots
+from remixdit.figures import axes as figure_axes
+from remixdit.figures import plots
+from remixdit.figures.animation import Animation
+from remixdit.figures.axes import interval_labels
 
 QUARTERS = [0, 250, 500, 750, 1000]
 
@@ -124,44 +131,101 @@ def test_gradients_that_are_all_zero_can_be_drawn(tmp_path):
 
 
 def test_continuous_timesteps_are_told_apart_and_end_closed():
-    assert plots.interval_labels([0.0, 0.125, 1.0]) == ["[0, 0.125)", "[0.125, 1]"]
-    labels = plots.interval_labels([0.0, 0.10001, 0.10002, 1.0])
+    assert interval_labels([0.0, 0.125, 1.0]) == ["[0, 0.125)", "[0.125, 1]"]
+    labels = interval_labels([0.0, 0.10001, 0.10002, 1.0])
     assert labels == ["[0, 0.10001)", "[0.10001, 0.10002)", "[0.10002, 1]"]
 
 
 def test_integer_timesteps_are_half_open():
-    assert plots.interval_labels([0, 1]) == ["[0, 1)"]
-    assert plots.interval_labels([0.0, 333.0, 1000.0]) == ["[0, 333)", "[333, 1000)"]
+    assert interval_labels([0, 1]) == ["[0, 1)"]
+    assert interval_labels([0.0, 333.0, 1000.0]) == ["[0, 333)", "[333, 1000)"]
 
 
 def overlaps(figure):
     """Return pairs of texts that overlap, and texts that are cut off, once the figure is drawn."""
     figure.draw_without_rendering()
-    texts = [text for axes in figure.axes for text in axes.get_xticklabels() if text.get_text()]
-    texts += [text for axes in figure.axes for text in axes.texts]
-    boxes = [text.get_window_extent() for text in texts if not text.get_rotation()]
+    outside = set()  # ticks beyond the ends of an axis, which are not drawn
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        outside |= {t for tick in ticks if not low <= tick.get_loc() <= high
+                    for t in tick.findobj(Text)}  # fmt: skip
+    found = set(figure.findobj(Text)) - outside
+    texts = [t for t in found if t.get_text().strip() and t.get_visible()]
+    boxes = [(t, t.get_window_extent()) for t in texts]
     inside = figure.bbox.padded(1)
-    cut = [t for t in texts if not inside.containsx(t.get_window_extent().x0)]
-    return [a for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)] + cut
+    cut = [t for t, box in boxes if not inside.contains(box.x0, box.y0)]
+    cut += [t for t, box in boxes if not inside.contains(box.x1, box.y1)]
+    straight = [(t, box) for t, box in boxes if t.get_rotation() in (0, 90)]
+    pairs = [(s, t) for i, (s, a) in enumerate(straight) for t, b in straight[:i] if a.overlaps(b)]
+    return pairs + cut
 
 
-@pytest.mark.parametrize("num_experts", [1, 8, 20])
-def test_no_text_overlaps_or_is_cut_off(num_experts):
+NAMED = {"title": "runs/digits/remixed: " + "a long name " * 20}
+
+
+@pytest.mark.parametrize("named", [{}, NAMED])
+@pytest.mark.parametrize("num_experts", [1, 2, 8, 20, 26, 100, 1000])
+def test_no_text_overlaps_or_is_cut_off(num_experts, named):
     rng, boundaries = np.random.default_rng(0), uniform(num_experts)
     coefficients = rng.dirichlet(np.ones(4), size=num_experts)
-    matrix = np.exp(3 * rng.random((num_experts, num_experts)))
-    assert not overlaps(plots.coefficients_heatmap(coefficients, boundaries))
-    assert not overlaps(plots.loss_matrix(matrix, boundaries))
-    assert not overlaps(plots.loss_by_interval({"a": matrix[0], "b": matrix[-1]}, boundaries))
+    series = {f"variant {i}": np.exp(rng.random(num_experts)) for i in range(8)}
+    assert not overlaps(plots.coefficients_heatmap(coefficients, boundaries, **named))
+    assert not overlaps(plots.loss_by_interval(series, boundaries, dict(series), **named))
+    if num_experts <= 100:
+        matrix = np.exp(3 * rng.random((num_experts, num_experts)))
+        assert not overlaps(plots.loss_matrix(matrix, boundaries, **named))
 
 
-@pytest.mark.parametrize(("num_experts", "second"), [(100, "[40, 50)"), (1000, "[40, 41)")])
-def test_many_experts_are_labelled_sparsely_and_without_numbers(num_experts, second):
+def test_no_text_of_a_curve_overlaps():
+    steps, losses = np.arange(1, 500), np.linspace(1, 0.3, 499)
+    many = {f"a name as long as names become {i}": (steps, losses) for i in range(6)}
+    assert not overlaps(plots.loss_curve(many, **NAMED))
+    assert not overlaps(plots.gradient_curve(steps, losses, losses / 7, **NAMED))
+    tables = np.random.default_rng(0).dirichlet(np.ones(3), size=(13, 8))
+    assert not overlaps(plots.coefficients_heatmap(tables, uniform(8), **NAMED))
+
+
+@pytest.mark.parametrize("num_experts", [100, 1000])
+def test_many_experts_are_labelled_sparsely_and_without_numbers(num_experts):
     coefficients = np.full((num_experts, 4), 0.25)
     axes = plots.coefficients_heatmap(coefficients, uniform(num_experts)).axes[0]
-    assert len(ticks(axes)) <= plots.MAX_TICKS
+    assert ticks(axes) == [str(100 * n) for n in range(11)]
+    assert np.allclose(
+        axes.get_xticks(), np.arange(11) * num_experts / 10 - 0.5
+    )  # where cells begin
     assert not axes.texts
-    assert ticks(axes)[1] == second
+
+
+def test_curves_are_told_apart_without_colour():
+    looks = [figure_axes.look(index) for index in range(8)]
+    assert len({color for color, _ in looks}) == 8
+    for (first, dashes), (second, others) in pairwise(looks):
+        grey = abs(np.dot(np.subtract(to_rgb(first), to_rgb(second)), (0.299, 0.587, 0.114)))
+        assert dashes != others or grey > 0.2
+
+
+@pytest.mark.parametrize("name", ["cividis", "viridis_r"])
+def test_the_shades_of_heat_maps_are_ordered_in_grey(name):
+    shades = matplotlib.colormaps[name](np.linspace(0, 1, 64))[:, :3] @ (0.299, 0.587, 0.114)
+    assert len(set(np.sign(np.diff(shades)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_a_figure_is_saved_the_same_each_time(tmp_path, kind, start):
+    for name in "ab":
+        figure = plots.loss_curve({"a": ([1, 2], [1.0, 2.0])}, title="run")
+        plots.save(figure, tmp_path / name, kind)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_bytes().startswith(start)
+
+
+def test_a_title_in_letters_that_no_font_has_is_escaped(tmp_path):
+    figure = plots.loss_curve({"a": ([1, 2], [1.0, 2.0])}, title="run \ue123")
+    plots.save(figure, tmp_path / "loss.png")  # matplotlib would warn of a missing glyph
+    assert figure.get_suptitle() == r"run \ue123"
 
 
 def test_boundaries_must_fit_the_table():
@@ -175,63 +239,7 @@ def test_a_name_with_a_dollar_sign_is_no_formula(tmp_path):
     name = "$ \\frac{ costs" + "x" * 100
     figure = plots.loss_by_interval({name: [1.0, 2.0], "b": [1.0, 2.0]}, [0, 500, 1000])
     plots.save(figure, tmp_path / "loss.png")
-    assert figure.legends[0].get_texts()[0].get_text().startswith(r"\$ \frac{ costs")
-
-
-def test_grid_shows_every_pixel_in_reading_order():
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3), dtype=np.uint8)
-    grid = np.asarray(grids.image_grid(images, columns=3, scale=2))
-    pitch_y, pitch_x = 3 * 2 + grids.GAP, 4 * 2 + grids.GAP
-    assert grid.shape == (2 * pitch_y + grids.GAP, 3 * pitch_x + grids.GAP, 3)
-    for index, image in enumerate(images):
-        top, left = grids.GAP + index // 3 * pitch_y, grids.GAP + index % 3 * pitch_x
-        for offset in (0, 1):
-            shown = grid[top + offset : top + 6 : 2, left + offset : left + 8 : 2]
-            assert np.array_equal(shown, image)
-
-
-def test_grey_images_are_enlarged_to_be_seen():
-    images = np.zeros((1, 28, 28, 1), dtype=np.uint8)
-    grid = grids.image_grid(images, columns=1)
-    assert grid.mode == "RGB"
-    assert grid.width - 2 * grids.GAP == 84
-
-
-@pytest.mark.parametrize("label", ["7", "été", "мышь", "鸟", "🙂", "very " * 50, ""])
-def test_labels_stay_below_their_image(label):
-    images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
-    grid = np.asarray(grids.image_grid(images, columns=2, labels=[label, ""]).convert("L"))
-    below = grid[grids.GAP + 64 :]
-    assert (below[:, grids.GAP + 64 :] == 255).all()
-    assert (below[:, : grids.GAP + 64] < 128).any() == bool(label)
-
-
-def test_rows_are_labelled_in_a_margin():
-    images = np.zeros((4, 64, 64, 3), dtype=np.uint8)
-    plain = grids.image_grid(images, columns=2)
-    labelled = grids.image_grid(images, columns=2, row_labels=["continued", "remix"])
-    margin = labelled.width - plain.width
-    assert 40 < margin <= grids.MAX_MARGIN
-    right = labelled.crop((margin, 0, labelled.width, labelled.height))
-    assert np.array_equal(np.asarray(right), np.asarray(plain))
-    for top in (0, plain.height // 2):
-        row = labelled.crop((0, top, margin, top + plain.height // 2))
-        assert np.asarray(row).min() < 128
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "arguments", "message"),
-    [
-        ((2, 3, 8, 8), np.uint8, {}, "images must be"),
-        ((2, 8, 8, 3), np.float32, {}, "images must be"),
-        ((2, 8, 8, 3), np.uint8, {"columns": 0}, "columns must be at least 1, got 0"),
-        ((2, 8, 8, 3), np.uint8, {"labels": ["one"]}, "labels must hold 2 texts, got 1"),
-        ((2, 8, 8, 3), np.uint8, {"row_labels": ["a", "b"]}, "row_labels must hold 1 texts, got 2"),
-    ],
-)
-def test_grid_refuses(shape, dtype, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        grids.image_grid(np.zeros(shape, dtype=dtype), **{"columns": 2, **arguments})
+    assert figure.axes[0].get_legend().get_texts()[0].get_text().startswith(r"\$ \frac{ costs")
 
 
 def test_saved_picture_is_a_png_wide_enough_for_a_report(tmp_path):
@@ -240,6 +248,26 @@ def test_saved_picture_is_a_png_wide_enough_for_a_report(tmp_path):
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width == 1500
+
+
+def test_an_animation_begins_and_ends_with_the_tables_of_the_run(tmp_path):
+    tables = np.random.default_rng(0).dirichlet(np.ones(3), size=(100, 4))  # (S, N, K)
+    steps = list(range(0, 1000, 10))
+    Animation(tables, steps, QUARTERS, "run").save(tmp_path / "a.gif")
+    assert (tmp_path / "a.gif").stat().st_size < 1e6
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 60
+        shown = []
+        for frame in (0, 59):
+            gif.seek(frame)
+            assert gif.convert("RGB").getpixel((1, gif.height - 1)) == (255, 255, 255)
+            shown.append(np.asarray(gif.convert("RGB")).astype(int))
+    assert shown[0].shape == shown[1].shape
+    for table, pixels in zip(tables[[0, -1]], shown, strict=True):
+        image = plots.coefficients_heatmap(table, QUARTERS).axes[0].images[0]
+        wanted = 255 * image.to_rgba(table[:1])[0, :, :3]  # the colours of the first expert
+        found = pixels.reshape(-1, 1, 3)
+        assert (abs(found - wanted).max(2).min(0) < 6).all()
 
 
 def test_drawing_leaves_pyplot_alone():

@@ -1,13 +1,17 @@
 """Trajectories against the published samplers, and what must not change an image."""
 
+import numpy as np
 import pytest
 import torch
 
 from remixdit.data.autoencoder import Pixels
+from remixdit.diffusion.noise import Diffusion, Flow
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
+from remixdit.sampling.moments import moments
 from remixdit.sampling.sampler import (
     SamplingConfig,
+    denoising_steps,
     guided_output,
     sample,
     sample_latents,
@@ -141,6 +145,35 @@ def test_euler_follows_a_straight_flow_to_the_data(monkeypatch):
     monkeypatch.setattr(model, "predict", velocity)
     latents = sample_latents(model, SamplingConfig(num_images=2, num_inference_steps=7), range(2))
     torch.testing.assert_close(latents, truth.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm++", "euler"])
+def test_the_last_predicted_image_is_the_finished_one(scheduler):
+    flow = {"prediction_type": "flow_prediction"} if scheduler == "euler" else {}
+    model = RemixDiT.from_dit(tiny_dit(learn_sigma=not flow), 2, 5, **flow)
+    config = SamplingConfig(num_images=2, num_inference_steps=6, scheduler=scheduler)
+    *_, last = denoising_steps(model, config, range(2))
+    torch.testing.assert_close(last.pred_latents, last.latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("process", [Diffusion("epsilon"), Diffusion("v_prediction"), Flow()])
+def test_a_perfect_prediction_implies_the_clean_latents(process):
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([0.1, 0.5, 0.9])
+    if isinstance(process, Diffusion):
+        times = (1000 * times).long()
+    noisy, target = (make(latents, noise, times) for make in (process.add_noise, process.target))
+    implied = process.pred_latents(target, noisy, times)
+    torch.testing.assert_close(implied, latents, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_are_predicted_until_the_last_which_is_the_sample():
+    model = tiny_model()
+    config = SamplingConfig(num_images=2, num_inference_steps=9, seed=3)
+    seen = list(moments(model, Pixels(), config, 4, predicted=True))
+    assert [moment.step for moment in seen] == [1, 4, 6, 9]
+    assert [moment.expert for moment in seen] == [4, 3, 1, 0]
+    assert np.array_equal(seen[-1].images, next(sample(model, Pixels(), config)).images)
 
 
 def test_labels_cycle_over_those_asked_for_or_over_all_classes():

@@ -1,5 +1,7 @@
 """The first run of a new user, a few steps of it."""
 
+import re
+
 import pytest
 
 from remixdit.cli.next_steps import remixdit_command
@@ -24,8 +26,9 @@ def test_the_quickstart_ends_with_a_report_and_goes_on_where_it_was_stopped(tmp_
     stages = [progress.stage for progress in quickstart(config)]
     assert "pretrained" not in stages  # it was finished
     report = (config.output_dir / "report.html").read_text()
-    assert report.count("<img") == 6
-    for figure in ("coefficients", "loss-by-interval", "loss-matrix", "digits-remixed"):
+    assert report.count("<img") == 7
+    assert re.search(r"Remixed training took \d+\.\d\d times as long as continued", report)
+    for figure in ("coefficients", "loss-by-interval", "loss-matrix", "digits", "strips"):
         assert (config.output_dir / "figures" / f"{figure}.png").stat().st_size > 1000
     for run in ("continued", "remixed"):
         rows = read_metrics(config.output_dir / run)

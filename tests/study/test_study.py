@@ -112,7 +112,8 @@ def test_losses_are_those_of_the_intervals_and_scores_have_names(finished):
         with np.load(directory / "losses.npz") as file:
             assert file["losses"].shape == (40, 4)
             assert file["losses"].mean() == pytest.approx(cell["loss"], rel=1e-5)
-        assert (directory / "samples.png").is_file()
+        with np.load(directory / "samples.npz") as file:
+            assert file["images"].shape == (40, 16, 16, 3)
 
 
 def test_a_finished_study_is_not_run_again_and_a_lost_cell_is(finished):

@@ -10,7 +10,7 @@ from remixdit.diffusion.dit import DiTConfig
 from remixdit.model.loading import load_model
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training.loop import train
-from remixdit.training.run import read_metrics
+from remixdit.training.run import COEFFICIENTS_FILE, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,17 @@ def test_a_mixture_that_is_trained_on_keeps_its_intervals(digits, tmp_path):
     third = tiny_run(digits, tmp_path / "third")
     list(train(third))
     assert load_model(third.output_dir).intervals.boundaries == (0, 31, 303, 722, 1000)
+
+
+def test_tables_of_coefficients_are_recorded_ever_more_seldom(digits, tmp_path):
+    output = OutputConfig(log_every=1, save_every=200, tensorboard=False)
+    config = tiny_run(digits, tmp_path / "run", steps=135, output=output)
+    list(train(config))
+    rows = read_metrics(config.output_dir, COEFFICIENTS_FILE)
+    steps = [*range(64), *range(64, 128, 2), *range(128, 135, 4), 135]
+    assert [row["step"] for row in rows] == steps
+    tables = np.array([row["coefficients"] for row in rows])
+    assert tables.shape == (len(steps), config.mixture.num_experts, config.mixture.num_bases)
+    assert np.allclose(tables.sum(2), 1, atol=1e-3)
+    last = load_model(config.output_dir, ema=False).experts.coefficients().detach().numpy()[0]
+    assert np.allclose(tables[-1], last, atol=1e-4)

@@ -152,7 +152,7 @@ def draw(what: str, path: Path, result: Mapping[str, Any]) -> None:
         return
     evaluated = result["evaluated"]
     figure = (
-        matrix_figure(result)
+        matrix_figure(result, evaluated["checkpoint"])
         if what == "matrix"
         else interval_figure(result, evaluated["checkpoint"], evaluated["against"])
     )

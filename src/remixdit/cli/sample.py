@@ -4,18 +4,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
 
 from tyro.conf import Positional
 
 from remixdit import distributed
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.checkpoints import load_newest, open_autoencoder
+from remixdit.cli.results import claim as claim_files
+from remixdit.cli.results import write_result
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.config import RemixConfig
 from remixdit.model.imagenet import has_imagenet_names, imagenet_label, imagenet_names
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.files import claim, target_of, write_about, write_samples
 from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
+from remixdit.sampling.strips import draw_strips
 from remixdit.training.config import PRECISIONS
 
 __all__ = ["run"]
@@ -29,6 +34,8 @@ class SampleArguments(SamplingConfig):
     """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
     output: str
     """A .png for one grid, an .npz for arrays, or a directory for one file per image."""
+    strips: Path | None = None
+    """A .png that also shows how the first 4 images come about, and which expert draws when."""
     overwrite: bool = False
     """Replace the samples of an earlier run of this command."""
     class_labels: str = ""  # type: ignore[assignment]  # names need the model
@@ -47,6 +54,8 @@ class SampleArguments(SamplingConfig):
         super().__post_init__()
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if self.strips is not None and self.strips.suffix != ".png":
+            raise ValueError(f"strips must be a .png, got {self.strips}")
 
 
 def run(args: Sequence[str]) -> None:
@@ -74,18 +83,25 @@ def draw(arguments: SampleArguments) -> None:
     ranks = distributed.start(device)
     if ranks.num_ranks > 1 and target.kind != "folder":
         raise ValueError(f"output must be a directory for several processes, got {target.path}")
+    strips = [] if arguments.strips is None else [arguments.strips]
     if ranks.is_first:
+        claim_files(strips, arguments.overwrite)
         claim(target, arguments.overwrite)
     distributed.barrier()
     batches = sample(model, autoencoder, config, ranks.rank, ranks.num_ranks)
+    title = f"{arguments.checkpoint}\n{config.summary(model)}"
+    names = model.config.class_names
     with Bar("sample", -(-config.num_images // ranks.num_ranks), "images") as bar:
-        for done in write_samples(target, batches, class_labels, model.config.class_names):
+        for done in write_samples(target, batches, class_labels, names, title):
             bar.update(done)
     distributed.barrier()
     if ranks.is_first:
+        for path in strips:
+            picture = draw_strips(model, autoencoder, config, arguments.checkpoint)
+            write_result(path, partial(picture.save, format="png"))
         facts = {"scheduler": config.resolved_scheduler(model), "precision": arguments.precision}
         about = {"checkpoint": arguments.checkpoint, "sampling": {**asdict(config), **facts}}
-        about["class_names"] = model.config.class_names
+        about["class_names"] = names
         write_about(target, {**about, "class_labels": class_labels})
         say(f"wrote {config.num_images} images to {arguments.output}")
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from remixdit.data.autoencoder import Autoencoder
 from remixdit.model.match import match, side_of
 from remixdit.model.model import RemixDiT
-from remixdit.sampling.sampler import SamplingConfig, denoising_steps
+from remixdit.sampling.moments import moments
+from remixdit.sampling.sampler import SamplingConfig
 
-__all__ = ["Frame", "check_against", "check_bounds", "fixed_expert", "frames", "spread"]
+__all__ = ["Frame", "check_against", "check_bounds", "fixed_expert", "frames"]
 
 BOUNDS = {"num_images": 16, "num_inference_steps": 250, "guidance_scale": 20, "seed": 2**32 - 1}
 MAX_FRAMES = 32  # each decodes all images and sends them to the browser
@@ -41,18 +42,10 @@ def frames(
 ) -> Iterator[Frame]:
     """Draw the requested images with each model; at most 32 frames, the last of finished images."""
     check_bounds(config)
-    chosen = set(spread(config.num_inference_steps, MAX_FRAMES))
-    runs = [denoising_steps(model, config, range(config.num_images)) for model in models]
-    for done, steps in enumerate(zip(*runs, strict=True), 1):
-        if done in chosen:
-            images = tuple(autoencoder.decode(step.latents).cpu().numpy() for step in steps)
-            yield Frame(done, steps[0].timestep, steps[0].expert, images)
-
-
-def spread(total: int, count: int) -> list[int]:
-    """Return at most `count` numbers of 1..total, evenly spaced; the last is total."""
-    count = min(count, total)
-    return [-(-total * number // count) for number in range(1, count + 1)]
+    runs = [moments(model, autoencoder, config, MAX_FRAMES) for model in models]
+    for first, *others in zip(*runs, strict=True):
+        images = tuple(moment.images for moment in (first, *others))
+        yield Frame(first.step, first.timestep, first.expert, images)
 
 
 def check_bounds(config: SamplingConfig) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remixdit.data.autoencoder import Autoencoder
-from remixdit.demo.frames import MAX_FRAMES, Frame, fixed_expert, frames, spread
+from remixdit.demo.frames import MAX_FRAMES, Frame, fixed_expert, frames
 from remixdit.demo.pictures import columns_for, data_uri, heat_map, image_panel, strip
 from remixdit.figures.grids import image_grid
 from remixdit.model.model import RemixDiT
+from remixdit.sampling.moments import spread
 from remixdit.sampling.sampler import SamplingConfig, labels_of
 
 __all__ = ["Subject", "empty_results", "results"]

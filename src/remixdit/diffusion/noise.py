@@ -257,6 +257,10 @@ class Flow:
         """Return (B, C, H, W), the velocity from data to noise."""
         return noise - latents
 
+    def pred_latents(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return (B, C, H, W), the clean latents that a predicted velocity implies."""
+        return noisy_latents - timesteps.view(-1, 1, 1, 1) * prediction
+
     def loss(self, model_output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Loss:
         """Return the loss of each image; shapes as `Diffusion.loss`, timesteps in [0, 1]."""
         error = self.target(latents, noise, timesteps) - model_output.float()

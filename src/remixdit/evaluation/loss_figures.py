@@ -30,15 +30,17 @@ def interval_figure(result: Facts, name: str, against: str | None = None) -> Fig
         {model: [row[what] for row in of_model] for model, of_model in found.items()}
         for what in ("value", "standard_error")
     )
+    title = f"{name}: loss on held-out images, by interval"
     if against is None:
-        return loss_by_interval(means, boundaries_in(result), errors)
+        return loss_by_interval(means, boundaries_in(result), errors, title=title)
     paired = {name: [row["difference"]["standard_error"] for row in rows]}
-    return loss_by_interval(means, boundaries_in(result), errors, paired)
+    return loss_by_interval(means, boundaries_in(result), errors, paired, title=title)
 
 
-def matrix_figure(result: Facts) -> Figure:
-    """Draw every expert on every interval; the result must hold a matrix."""
-    return loss_matrix(result["matrix"]["value"], boundaries_in(result))
+def matrix_figure(result: Facts, name: str) -> Figure:
+    """Draw every expert of a model on every interval; the result must hold a matrix."""
+    title = f"{name}: every expert on every interval"
+    return loss_matrix(result["matrix"]["value"], boundaries_in(result), title=title)
 
 
 def boundaries_in(result: Facts) -> list[float]:

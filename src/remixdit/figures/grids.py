@@ -1,26 +1,37 @@
-"""Images laid out in a grid, with their names.
+"""Images laid out in a grid, with their names, and a title that says what they are.
 
 Shapes: n images, H W pixels, C channels.
 """
 
-import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.font_manager import fontManager
-from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["image_grid"]
+from remixdit.figures.fonts import font_file, with_letters
+
+__all__ = ["image_grid", "near_square", "small_font"]
 
 GAP = 3  # pixels between two images of a grid
 MIN_CELL = 64  # pixels: smaller images are enlarged to at least this
-FONT_SIZE = 14  # pixels
+FONT_SIZE, TITLE_SIZE = 14, 17  # pixels
+LINE = FONT_SIZE + 3  # pixels from one line of text to the next
 MAX_MARGIN = 240  # pixels for the labels of rows
+FRAME = 5  # pixels of colour around an image
+GREY = "#555555"  # what is written below the title
+
+
+def near_square(count: int, classes: int = 1) -> int:
+    """Return the columns of a grid of `count` images that cycle through some classes.
+
+    The grid is as square as it can be with whole cycles in its rows, if its sides then
+    differ by a factor of 2.6 at most; otherwise it is as square as any.
+    """
+    side = count**0.5
+    whole = [n for n in range(classes, count + 1, classes) if side / 1.6 <= n <= 1.6 * side]
+    return min(whole, key=lambda n: abs(n - side)) if whole else max(1, round(side))
 
 
 def image_grid(
@@ -30,58 +41,146 @@ def image_grid(
     *,
     row_labels: Sequence[str] = (),
     scale: int = 0,
+    title: str = "",
+    frames: Sequence[str] = (),
 ) -> Image.Image:
     """Lay images out in rows with thin gaps between them.
 
     Args:
         images: (n, H, W, C) uint8, C is 1 or 3.
         columns: Number of images in a row, at least 1.
-        labels: One text per image, written below it, shortened to its width.
+        labels: One text per image, written below it in at most two lines; or one per column,
+            written below the last row.
         row_labels: One text per row, written to its left.
         scale: Each pixel becomes scale x scale pixels; 0 for just enough to reach 64 a side.
+        title: Text above the grid; what follows its first line is smaller.
+        frames: One colour per image, drawn around it.
     """
+    _check(images, columns, labels, row_labels, frames)
+    scale = scale or -(-MIN_CELL // min(images.shape[1:3]))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2).repeat(3 // images.shape[3], axis=3)
+    border = FRAME if frames else 0
+    height, width = (side + 2 * border for side in images.shape[1:3])
+    texts = [_wrapped(label, width) for label in labels]
+    below = 4 + LINE * max(map(len, texts)) if texts else 0
+    is_of_columns = len(texts) == columns
+    pitch = height + GAP + (0 if is_of_columns else below)
+    margin = min(MAX_MARGIN, 3 * GAP + max(map(_length, row_labels))) if row_labels else 0
+    rows = -(-len(images) // columns)
+    size = (margin + GAP + columns * (width + GAP), GAP + rows * pitch + below * is_of_columns)
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    for index, image in enumerate(images):
+        left, top = margin + GAP + index % columns * (width + GAP), GAP + index // columns * pitch
+        if frames:
+            pen.rectangle((left, top, left + width - 1, top + height - 1), fill=frames[index])
+        grid.paste(Image.fromarray(image), (left + border, top + border))
+    for index, lines in enumerate(texts):
+        row = rows - 1 if is_of_columns else index // columns
+        middle = margin + GAP + index % columns * (width + GAP) + width / 2
+        _write(pen, lines, (middle, GAP + row * pitch + height + 2))
+    for row, text in enumerate(row_labels):
+        shown, place = _cut(text, margin - 2 * GAP), (margin - GAP, GAP + row * pitch + height / 2)
+        pen.text(place, shown, fill="black", font=_font(shown), anchor="rm")
+    return _titled(grid, title) if title else grid
+
+
+def _check(
+    images: NDArray[np.uint8],
+    columns: int,
+    labels: Sequence[str],
+    row_labels: Sequence[str],
+    frames: Sequence[str],
+) -> None:
+    """Refuse images of another kind, and texts or colours that are too few or too many."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images must be (n, H, W, 1 or 3) uint8, got {images.shape}")
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    rows = -(-len(images) // columns)
-    for name, texts, count in (("labels", labels, len(images)), ("row_labels", row_labels, rows)):
-        if len(texts) not in (0, count):
-            raise ValueError(f"{name} must hold {count} texts, got {len(texts)}")
-    scale = scale or -(-MIN_CELL // min(images.shape[1:3]))
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2).repeat(3 // images.shape[3], axis=3)
-    height, width = images.shape[1:3]
-    widest = max((_font(text).getlength(text) for text in row_labels), default=-3 * GAP)
-    margin = min(MAX_MARGIN, int(widest) + 3 * GAP)
-    pitch = height + GAP + (FONT_SIZE + 6 if labels else 0)
-    grid = Image.new("RGB", (margin + GAP + columns * (width + GAP), GAP + rows * pitch), "white")
-    for index, image in enumerate(images):
-        left, top = margin + GAP + index % columns * (width + GAP), GAP + index // columns * pitch
-        grid.paste(Image.fromarray(image), (left, top))
-        if labels:
-            _write(grid, labels[index], (left + width / 2, top + height + 2), width, "ma")
-    for row, text in enumerate(row_labels):
-        _write(grid, text, (margin - GAP, GAP + row * pitch + height / 2), margin - 2 * GAP, "rm")
-    return grid
+    count = len(images)
+    for name, given, wanted in (
+        ("labels", labels, columns if len(labels) == columns else count),
+        ("row_labels", row_labels, -(-count // columns)),
+        ("frames", frames, count),
+    ):
+        if len(given) not in (0, wanted):
+            raise ValueError(f"{name} must hold {wanted} texts, got {len(given)}")
+
+
+def _write(pen: ImageDraw.ImageDraw, lines: Sequence[str], place: tuple[float, float]) -> None:
+    """Write lines below a place, each with it in the middle."""
+    for line, text in enumerate(lines):
+        spot = (place[0], place[1] + line * LINE)
+        pen.text(spot, text, fill="black", font=_font(text), anchor="ma")
+
+
+def _titled(grid: Image.Image, title: str) -> Image.Image:
+    """Write a title above a grid, which becomes wider if it is narrower than a word."""
+    width = max(grid.width, 2 * MAX_MARGIN)
+    first, *others = title.split("\n")
+    head = _wrapped(first, width - 4 * GAP, TITLE_SIZE)
+    small = [line for other in others for line in _wrapped(other, width - 4 * GAP, lines=3)]
+    above = 2 * GAP + len(head) * (TITLE_SIZE + 5) + len(small) * LINE + GAP
+    sheet = Image.new("RGB", (width, above + grid.height), "white")
+    pen, top = ImageDraw.Draw(sheet), 2 * GAP
+    for text in head:
+        pen.text((2 * GAP, top), text, fill="black", font=_font(text, TITLE_SIZE))
+        top += TITLE_SIZE + 5
+    for text in small:
+        pen.text((2 * GAP, top), text, fill=GREY, font=_font(text))
+        top += LINE
+    sheet.paste(grid, (0, above))
+    return sheet
+
+
+def small_font() -> ImageFont.FreeTypeFont:
+    """Return the font of labels, for digits and Latin letters."""
+    return _font("")
+
+
+def _font(text: str, size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
+    return _opened(font_file(text), size)
 
 
 @cache
-def _font(text: str) -> ImageFont.FreeTypeFont:
-    """Return DejaVu, or a font of this machine that has the letters DejaVu lacks."""
-    letters = {ord(letter) for letter in text}
-    dejavu = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
-    ordered = sorted(fontManager.ttflist, key=lambda font: (str(font.weight) != "400", font.fname))
-    # Pillow cannot scale emoji of fixed size; the font of last resort draws only boxes.
-    usable = [f.fname for f in ordered if not re.search("emoji|lastresort", f.fname.lower())]
-    complete = (f for f in [dejavu, *usable] if letters <= FT2Font(f).get_charmap().keys())
-    return ImageFont.truetype(next(complete, dejavu), FONT_SIZE)
+def _opened(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
 
 
-def _write(
-    grid: Image.Image, text: str, place: tuple[float, float], room: float, anchor: str
-) -> None:
-    """Write one line, cut off with an ellipsis where it is wider than `room` pixels."""
-    font, shown = _font(text), text
-    while font.getlength(shown) > room and len(shown) > 1:
+def _length(text: str, size: int = FONT_SIZE) -> int:
+    return int(_font(text, size).getlength(text)) + 1
+
+
+def _wrapped(text: str, room: float, size: int = FONT_SIZE, lines: int = 2) -> list[str]:
+    """Return a text as lines of at most `room` pixels; the last of them ends in an ellipsis."""
+    found: list[str] = []
+    for paragraph in text.split("\n"):
+        rest = with_letters(paragraph).split()
+        while rest and len(found) < lines - 1:
+            count = len(rest)
+            while count > 1 and _length(" ".join(rest[:count]), size) > room:
+                count -= 1
+            if _length(rest[0], size) > room:  # a word, or a text of a script without spaces
+                split = _fitting(rest[0], room, size)
+                rest[:1] = [rest[0][:split], rest[0][split:]]
+            found.append(" ".join(rest[:count]))
+            rest = rest[count:]
+        if rest:
+            found.append(_cut(" ".join(rest), room, size))
+    return found
+
+
+def _fitting(text: str, room: float, size: int) -> int:
+    """Return how many letters, at least 1, fit into some pixels."""
+    count = len(text)
+    while count > 1 and _length(text[:count], size) > room:
+        count -= 1
+    return count
+
+
+def _cut(text: str, room: float, size: int = FONT_SIZE) -> str:
+    """Return a text that fits into `room` pixels, cut off with an ellipsis if it has to be."""
+    shown = with_letters(text)
+    while _length(shown, size) > room and len(shown) > 1:
         shown = shown.rstrip("…")[:-1] + "…"
-    ImageDraw.Draw(grid).text(place, shown, fill="black", font=font, anchor=anchor)
+    return shown

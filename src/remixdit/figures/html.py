@@ -33,19 +33,26 @@ h1 { margin-top: 0; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; background: #fff; }
 figcaption, caption { font-size: 0.9rem; opacity: 0.8; text-align: left; margin: 0.3rem 0; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; }  /* on a phone this box scrolls, the page does not */
+.wide img { min-width: min(var(--width), 40rem); }  /* the letters in it stay legible */
 caption { max-width: min(60rem, 92vw); }  /* of the page, not of a table that is wider */
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.9rem; border-bottom: 1px solid var(--line); text-align: left; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.93rem; }
+th, td { padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; }
 th { border-bottom-width: 2px; }
 .number { text-align: right; }
 pre { background: var(--shade); padding: 0.8rem 1rem; border-radius: 4px; overflow-x: auto; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; }
+  table { font-size: 0.88rem; }
+  th, td { padding: 0.3rem 0.5rem; }
+}
 @media print {
   :root { color-scheme: light; }
   body { margin: 0; max-width: none; font-size: 11pt; }
   figure, table, pre { break-inside: avoid; }
   h1, h2, h3 { break-after: avoid; }
   pre { white-space: pre-wrap; }
+  .wide img { min-width: 0; }
 }
 """
 
@@ -172,7 +179,8 @@ def _picture(block: Picture) -> str:
         block.picture.save(buffer, format="png", optimize=True)
         width = block.picture.width
     source = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
-    image = f'<img src="{source}" width="{width:.0f}" alt="{_text(block.alt)}"/>'
+    size = f'width="{width:.0f}" style="--width: {width:.0f}px"'
+    image = f'<div class="wide"><img src="{source}" {size} alt="{_text(block.alt)}"/></div>'
     return f"<figure>{image}{_element('figcaption', block.caption)}</figure>"
 
 

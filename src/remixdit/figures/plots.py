@@ -8,32 +8,37 @@ Interval n is [boundaries[n], boundaries[n + 1]): integer timesteps, or t in [0,
 least noisy.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from os import PathLike
-from typing import Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-)
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from remixdit.figures.axes import (
+    COLORS,
+    LINES,
+    MAX_TICKS,
+    interval_ticks,
+    legend,
+    log_axis,
+    look,
+    new_figure,
+    plain,
+    sparse,
+    write_cells,
+)
+
 __all__ = [
+    "COLORS",
+    "LINES",
     "coefficients_heatmap",
     "gradient_curve",
-    "interval_labels",
     "loss_by_interval",
     "loss_curve",
     "loss_matrix",
@@ -43,15 +48,24 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-# Okabe and Ito's eight colours, told apart with any kind of colour blindness; yellow comes last.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#F0E442")
-LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 MAX_WIDTH = 10  # inches: at 100 pixels an inch the width of a report
-MAX_TICKS = 25  # more labels of intervals overlap, and more cells in a row have no room for numbers
+TABLE_NOTE = (
+    "Column: an expert, which owns an interval. Row: a basis. "
+    "Colour: the share of the basis in the expert."
+)
+BLOCKS_NOTE = (
+    "A table for each block. Column: an expert, which owns an interval. Row: a basis, the first "
+    "on top. Colour: the share of the basis in the expert."
+)
+CURVE_NOTE = "Bold: the running mean. Faint: each line of the log, a mean over its steps."
+MATRIX_NOTE = (
+    "Cell: the loss of an expert on an interval, in per cent above the best expert there. "
+    "Frame: the best."
+)
 
 
 def coefficients_heatmap(
-    coefficients: ArrayLike, boundaries: ArrayLike, *, block: int | None = None
+    coefficients: ArrayLike, boundaries: ArrayLike, *, block: int | None = None, title: str = ""
 ) -> Figure:
     """Draw which bases each expert is made of, as figure 4a of arXiv:2412.05628.
 
@@ -60,6 +74,7 @@ def coefficients_heatmap(
             outside the blocks.
         boundaries: (N + 1,) ends of the intervals.
         block: Index of the table to draw; None for all L of them, one below the other.
+        title: Title of the figure.
     """
     tables = np.asarray(coefficients, dtype=float)
     tables = tables[None] if tables.ndim == 2 else tables  # (L, N, K)
@@ -67,7 +82,9 @@ def coefficients_heatmap(
     length, experts, bases = tables.shape
     blocks = range(length) if block is None else [block]
     panel_height = 0.6 if len(blocks) > 1 else 0.5 + 0.4 * bases
-    figure = _figure(_grid_width(experts), 1.2 + panel_height * len(blocks))
+    note = TABLE_NOTE if len(blocks) == 1 else BLOCKS_NOTE
+    height = 1.2 + panel_height * len(blocks)
+    figure = new_figure(_grid_width(experts), height, title, note)
     panels = figure.subplots(len(blocks), 1, sharex=True, squeeze=False)[:, 0]
     low, high = min(0.0, tables.min()), max(1.0, tables.max())
     for axes, index in zip(panels, blocks, strict=True):
@@ -76,12 +93,12 @@ def coefficients_heatmap(
         if len(blocks) == 1:
             axes.set_yticks(range(bases))
             axes.set_ylabel("basis")
-            _write_cells(axes, image, table, "{:.2f}".format)
+            write_cells(axes, image, table, "{:.2f}".format)
         else:
             axes.set_yticks([])
             name = "outside" if index == length - 1 else f"block {index}"
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
-    _interval_ticks(panels[-1], boundaries)
+    interval_ticks(panels[-1], boundaries)
     figure.colorbar(image, ax=list(panels), label="coefficient", fraction=0.05, pad=0.02)
     return figure
 
@@ -91,6 +108,8 @@ def loss_by_interval(
     boundaries: ArrayLike,
     errors: Mapping[str, ArrayLike] | None = None,
     paired: Mapping[str, ArrayLike] | None = None,
+    *,
+    title: str = "",
 ) -> Figure:
     """Compare losses interval by interval, on a log axis and against the first series in per cent.
 
@@ -103,6 +122,7 @@ def loss_by_interval(
         errors: Name -> (I,) standard errors of those means, drawn as bars.
         paired: Name -> (I,) standard errors of the paired differences from the first series, the
             bars of the second panel; by default it has each series' own.
+        title: Title of the figure.
     """
     losses = {name: np.asarray(values, dtype=float) for name, values in series.items()}
     bars = {name: np.asarray(values, dtype=float) for name, values in (errors or {}).items()}
@@ -110,23 +130,24 @@ def loss_by_interval(
         _check_table(name, values, boundaries, axis=0)
     first, baseline = next(iter(losses.items()))
     rows = min(len(losses), 2)
-    figure = _figure(MAX_WIDTH, 1.3 + 2.4 * rows)
+    note = "Bar: the standard error." if bars else ""
+    figure = new_figure(MAX_WIDTH, 1.3 + 2.4 * rows, title, note)
     panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     _draw_series(panels[0], losses, bars)
     panels[0].set_ylabel("loss")
-    _log_axis(panels[0], np.concatenate(list(losses.values())))
+    log_axis(panels[0], np.concatenate(list(losses.values())))
     if rows == 2:
         changes = {name: 100 * (values / baseline - 1) for name, values in losses.items()}
         found = bars if paired is None else {n: np.asarray(bar) for n, bar in paired.items()}
         relative = {name: 100 * bar / abs(baseline) for name, bar in found.items()}
         _draw_series(panels[1], changes, relative)
-        panels[1].set_ylabel(f"% above or below\n{_plain(first, 30)}")
-    _interval_ticks(panels[-1], boundaries)
-    _legend(figure, list(losses))
+        panels[1].set_ylabel(f"% above or below\n{plain(first, 30)}")
+    interval_ticks(panels[-1], boundaries)
+    legend(panels[0], list(losses))
     return figure
 
 
-def loss_matrix(matrix: ArrayLike, boundaries: ArrayLike) -> Figure:
+def loss_matrix(matrix: ArrayLike, boundaries: ArrayLike, *, title: str = "") -> Figure:
     """Draw the loss of every expert on every interval, as figure 4c of arXiv:2412.05628.
 
     Columns differ by orders of magnitude, so a cell shows by how many per cent the expert is
@@ -135,6 +156,7 @@ def loss_matrix(matrix: ArrayLike, boundaries: ArrayLike) -> Figure:
     Args:
         matrix: (N, I) positive losses of expert n on interval i.
         boundaries: (I + 1,) ends of the intervals.
+        title: Title of the figure.
     """
     losses = np.asarray(matrix, dtype=float)
     _check_table("matrix", losses, boundaries, axis=1)
@@ -142,19 +164,21 @@ def loss_matrix(matrix: ArrayLike, boundaries: ArrayLike) -> Figure:
         raise ValueError("matrix must hold positive losses: it is drawn as ratios to the best")
     excess = 100 * (losses / losses.min(axis=0) - 1)  # (N, I) per cent, 0 at the best
     experts, intervals = losses.shape
-    figure = _figure(_grid_width(intervals), min(9.5, 1.7 + 0.36 * experts))
+    height = min(9.5, 1.7 + 0.36 * experts)
+    figure = new_figure(_grid_width(intervals), height, title, MATRIX_NOTE)
     axes = figure.subplots()
     # Linear to 1 %, logarithmic beyond: neighbours differ by 0.1 %, distant experts by 1000 %.
     top = max(1.0, excess.max())
     norm = AsinhNorm(linear_width=1, vmin=0, vmax=top)
     image = axes.imshow(excess, aspect="auto", cmap="viridis_r", norm=norm)
-    _write_cells(axes, image, excess, _short_number)
+    write_cells(axes, image, excess, _short_number)
+    width = 2 if intervals <= MAX_TICKS else 1
     for interval, expert in enumerate(losses.argmin(axis=0)):
         corner = (interval - 0.5, expert - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLORS[1], linewidth=2))
-    axes.set_yticks(range(0, experts, -(-experts // MAX_TICKS)))
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLORS[1], linewidth=width))
+    axes.set_yticks(range(experts) if experts <= MAX_TICKS else sparse(experts))
     axes.set_ylabel("expert")
-    _interval_ticks(axes, boundaries)
+    interval_ticks(axes, boundaries)
     bar = figure.colorbar(image, ax=axes, label="% above the best", fraction=0.05, pad=0.02)
     marks = [0, 0.3, 1, 3, 10, 30] if top < 50 else [0, *(10.0**power for power in range(9))]
     bar.ax.yaxis.set_major_locator(FixedLocator([mark for mark in marks if mark <= top]))
@@ -163,25 +187,30 @@ def loss_matrix(matrix: ArrayLike, boundaries: ArrayLike) -> Figure:
     return figure
 
 
-def loss_curve(series: Mapping[str, tuple[ArrayLike, ArrayLike]], *, window: int = 0) -> Figure:
+def loss_curve(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]], *, window: int = 0, title: str = ""
+) -> Figure:
     """Draw losses over training: running means, and the losses themselves faint behind them.
 
     Args:
         series: Name -> (steps (S,), losses (S,)).
         window: Number of losses in a running mean; 0 for a fiftieth of the series.
+        title: Title of the figure.
     """
-    figure = _figure(MAX_WIDTH, 4.5)
+    figure = new_figure(MAX_WIDTH, 4.5, title, CURVE_NOTE)
     axes = figure.subplots()
     for index, (steps, losses) in enumerate(series.values()):
         _draw_noisy(axes, np.asarray(steps), np.asarray(losses, dtype=float), window, index)
-    _log_axis(axes, np.concatenate([np.asarray(losses) for _, losses in series.values()]))
+    log_axis(axes, np.concatenate([np.asarray(losses) for _, losses in series.values()]))
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    _legend(figure, list(series))
+    legend(axes, list(series))
     return figure
 
 
-def gradient_curve(steps: ArrayLike, task: ArrayLike, prior: ArrayLike) -> Figure:
+def gradient_curve(
+    steps: ArrayLike, task: ArrayLike, prior: ArrayLike, *, title: str = ""
+) -> Figure:
     """Draw the norms of the logits' two gradients: the larger one decides the coefficients.
 
     Args:
@@ -189,36 +218,29 @@ def gradient_curve(steps: ArrayLike, task: ArrayLike, prior: ArrayLike) -> Figur
         task: (S,) norm of the gradient of the denoising loss.
         prior: (S,) norm of the gradient of the prior. A zero, as in its last step, cannot be
             drawn on a log axis and leaves a gap.
+        title: Title of the figure.
     """
-    figure = _figure(MAX_WIDTH, 4)
+    figure = new_figure(MAX_WIDTH, 4, title, CURVE_NOTE)
     axes = figure.subplots()
     norms = np.array([task, prior], dtype=float)  # (2, S)
     norms[norms <= 0] = np.nan
     for index, values in enumerate(norms):
         _draw_noisy(axes, np.asarray(steps), values, 0, index)
-    _log_axis(axes, norms)
+    log_axis(axes, norms)
     axes.set_xlabel("step")
     axes.set_ylabel("norm of the logits' gradient")
-    _legend(figure, ["task", "prior"])
+    legend(axes, ["of the denoising loss", "of the prior"])
     return figure
 
 
-def save(figure: Figure, path: str | PathLike[str]) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, format="png")
+def save(figure: Figure, path: str | PathLike[str], kind: str = "png") -> None:
+    """Write a figure as "png", "svg" or "pdf"; the same figure gives the same file.
 
-
-def interval_labels(boundaries: ArrayLike) -> list[str]:
-    """Return "[0, 125)" for every interval; "[0.5, 1]" for the last one of a continuous t."""
-    ends = np.asarray(boundaries)
-    continuous = ends.dtype.kind == "f" and ends[-1] <= 1
-    names = [f"{end:.0f}" for end in ends]
-    if continuous:
-        # As many digits as tell all ends apart: those of equal log-SNR width crowd at 0.
-        spelled = [[f"{end:.{digits}g}" for end in ends] for digits in range(3, 17)]
-        names = next(texts for texts in spelled if len(set(texts)) == len(ends))
-    *labels, last = [f"[{low}, {high})" for low, high in pairwise(names)]
-    return [*labels, last.replace(")", "]") if continuous else last]
+    Fonts of a PDF are embedded as TrueType, which publishers ask for.
+    """
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "remixdit"}):
+        figure.savefig(path, format=kind, metadata=dated.get(kind))
 
 
 def smoothed(values: ArrayLike, window: int) -> Floats:
@@ -233,28 +255,9 @@ def smoothed(values: ArrayLike, window: int) -> Floats:
     return np.where(kept, means, np.nan)
 
 
-# ------------------------------------------------------------------------------ parts
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
 def _grid_width(columns: int) -> float:
     """Return the inches that leave room for numbers in the cells."""
     return float(np.clip(2.6 + 0.8 * columns, 5, MAX_WIDTH))
-
-
-def _write_cells(
-    axes: Axes, image: AxesImage, values: Floats, text: Callable[[float], str]
-) -> None:
-    """Write the numbers of a (rows, columns) image into its cells, if there is room."""
-    if max(values.shape) > MAX_TICKS:
-        return
-    dark = image.to_rgba(values)[..., :3] @ (0.299, 0.587, 0.114) < 0.5  # (rows, columns)
-    for (row, column), value in np.ndenumerate(values):
-        color = "white" if dark[row, column] else "black"
-        axes.text(column, row, text(value), ha="center", va="center", color=color, fontsize=9)
 
 
 def _short_number(value: float) -> str:
@@ -263,20 +266,9 @@ def _short_number(value: float) -> str:
     return f"{value:.0f}" if value < 9999.5 else f"{value / 1000:.0f}k"
 
 
-def _interval_ticks(axes: Axes, boundaries: ArrayLike) -> None:
-    labels = interval_labels(boundaries)
-    every = -(-len(labels) // MAX_TICKS)
-    axes.set_xticks(range(0, len(labels), every), labels[::every])
-    if sum(len(label) + 2 for label in labels) > 110:
-        for text in axes.get_xticklabels():
-            text.set(rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.set_xlabel("interval of timesteps, least noisy first")
-
-
 def _draw_series(axes: Axes, series: Mapping[str, Floats], bars: Mapping[str, Floats]) -> None:
     for index, (name, values) in enumerate(series.items()):
-        color, line = _look(index)
+        color, line = look(index)
         places = np.arange(len(values))
         marker = "o" if len(values) <= MAX_TICKS else ""
         axes.plot(places, values, color=color, linestyle=line, marker=marker, markersize=4)
@@ -288,44 +280,11 @@ def _draw_series(axes: Axes, series: Mapping[str, Floats], bars: Mapping[str, Fl
 def _draw_noisy(
     axes: Axes, steps: NDArray[np.generic], values: Floats, window: int, index: int
 ) -> None:
-    color, line = _look(index)
+    color, line = look(index)
     means = smoothed(values, window or -(-len(values) // 50))
     marker = "o" if len(values) == 1 else ""
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, zorder=1)
     axes.plot(steps, means, color=color, linestyle=line, linewidth=2, marker=marker)
-
-
-def _log_axis(axes: Axes, values: Floats) -> None:
-    """Make the y axis logarithmic, with plain numbers on it, where all values are positive."""
-    axes.grid(axis="y", alpha=0.3)
-    finite = values[np.isfinite(values)]
-    if not len(finite) or finite.min() <= 0:
-        return
-    axes.set_yscale("log")
-    span = finite.max() / finite.min()
-    marks = (1, 2, 5) if span < 100 else (1, 3) if span < 10000 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=marks) if span > 3 else MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure: Figure, names: Sequence[str]) -> None:
-    """Name the series above the panels, where no curve can run through the names."""
-    looks = [_look(index) for index in range(len(names))]
-    handles = [Line2D([], [], color=color, linestyle=line, linewidth=2) for color, line in looks]
-    shown = [_plain(name, 60) for name in names]
-    columns = max(1, 110 // (max(map(len, shown)) + 8))
-    figure.legend(handles, shown, loc="outside upper center", ncols=columns, frameon=False)
-
-
-def _look(index: int) -> tuple[str, Literal["-", "--", "-.", ":"]]:
-    return COLORS[index % len(COLORS)], LINES[index % len(LINES)]
-
-
-def _plain(text: str, length: int) -> str:
-    """Cut off a long text, and keep matplotlib from reading a dollar sign as a formula."""
-    short = text if len(text) <= length else text[: length - 1] + "…"
-    return short.replace("$", r"\$")
 
 
 def _check_table(name: str, table: Floats, boundaries: ArrayLike, axis: int) -> None:

@@ -1,6 +1,6 @@
 """Sampled images on disk: a grid, an npz as ADM's evaluation takes it, or a file each.
 
-    out.png     a grid with the classes below
+    out.png     a grid with the classes below, and above what drew it
     out.npz     arr_0 (n, H, W, C) uint8, arr_1 (n,) int64 labels
     out/        000000.png, ..., and samples.json, which comes last
 
@@ -27,7 +27,6 @@ from remixdit.sampling.sampler import Samples
 __all__ = ["Target", "claim", "target_of", "write_about", "write_samples"]
 
 ABOUT_FILE = "samples.json"
-MAX_COLUMNS = 12
 
 
 class Target(NamedTuple):
@@ -89,6 +88,7 @@ def write_samples(
     batches: Iterator[Samples],
     class_labels: Sequence[int],
     class_names: Sequence[str],
+    title: str,
 ) -> Iterator[int]:
     """Write images as they are drawn; yield the number that this process has written.
 
@@ -97,14 +97,14 @@ def write_samples(
         batches: Batches of images, in rising order; all of them unless the target is a folder.
         class_labels: (n,) labels of all images.
         class_names: Captions of the images of a grid; empty for none.
+        title: What a grid says above its images.
     """
     if target.kind == "folder":
         yield from write_folder(target.path, batches)
     elif target.kind == "npz":
         yield from write_npz(target.path, batches, class_labels)
     else:
-        captions = [class_names[label] for label in class_labels] if class_names else []
-        yield from write_grid(target.path, batches, columns_for(class_labels), captions)
+        yield from write_grid(target.path, batches, class_labels, class_names, title)
 
 
 def write_about(target: Target, about: Mapping[str, Any]) -> None:
@@ -149,22 +149,21 @@ def write_rows(file: IO[bytes], batches: Iterator[Samples], count: int) -> Itera
 
 
 def write_grid(
-    path: Path, batches: Iterator[Samples], columns: int, captions: Sequence[str]
+    path: Path,
+    batches: Iterator[Samples],
+    class_labels: Sequence[int],
+    class_names: Sequence[str],
+    title: str,
 ) -> Iterator[int]:
-    """Write all images as one picture."""
-    from remixdit.figures.grids import image_grid
+    """Write all images as one picture, class after class in its columns where that is possible."""
+    from remixdit.figures.fonts import class_texts
+    from remixdit.figures.grids import image_grid, near_square
 
     images: list[np.ndarray] = []
     for batch in batches:
         images.extend(batch.images)
         yield len(images)
-    grid = image_grid(np.stack(images), columns, captions)
+    columns = near_square(len(images), len(set(class_labels)))
+    captions = class_texts(class_labels, class_names)
+    grid = image_grid(np.stack(images), columns, captions, title=title)
     write_file(path, partial(grid.save, format="png"))
-
-
-def columns_for(class_labels: Sequence[int]) -> int:
-    """Return the number of columns of a grid: one for each class, if they are few."""
-    count, classes = len(class_labels), len(set(class_labels))
-    if 1 < classes <= MAX_COLUMNS and count > classes:
-        return classes
-    return min(MAX_COLUMNS, max(1, round(count**0.5)))

@@ -94,6 +94,13 @@ class SamplingConfig:
             )
         return self.scheduler
 
+    def summary(self, model: RemixDiT) -> str:
+        """Return how images are drawn, for the title of a picture of them."""
+        scale = self.guidance_scale
+        guidance = f"guidance {scale:g}" if scale > 1 else "no guidance"
+        scheduler = self.resolved_scheduler(model)
+        return f"{self.num_inference_steps} steps of {scheduler}, {guidance}, seed {self.seed}"
+
 
 class Samples(NamedTuple):
     """A batch of finished images."""
@@ -124,6 +131,8 @@ class DenoisingStep(NamedTuple):
     """Expert that owns it."""
     latents: Tensor
     """(B, C, H, W) latents after the step."""
+    pred_latents: Tensor
+    """(B, C, H, W) clean latents that the network's output implies."""
 
 
 def sample(
@@ -171,8 +180,11 @@ def denoising_steps(
         zip(trajectory.timesteps.tolist(), experts, strict=True)
     ):
         output = guided_output(model, config, expert, latents, timestep, labels)
+        prediction = output[:, : latents.shape[1]]  # without variance channels
+        times = torch.full((len(latents),), timestep, device=device)
+        pred_latents = model.process.pred_latents(prediction, latents, times)
         latents = trajectory.step(output, number, latents, generators)
-        yield DenoisingStep(timestep, expert, latents)
+        yield DenoisingStep(timestep, expert, latents, pred_latents)
 
 
 def labels_of(model: RemixDiT, config: SamplingConfig) -> Tensor:

@@ -3,7 +3,7 @@
     cells/remix/seed-0/
         result.json           its existence marks a finished cell
         losses.npz            (I, n) losses after equal images; losses-seconds.npz: equal seconds
-        samples.png
+        samples.npz           the first images
         kernel.npz            what each image contributes to the kernel distance; kernel-seconds.npz
 
 Shapes: I intervals of the measurement, n held-out images.
@@ -34,7 +34,6 @@ from remixdit.evaluation.images import open_extractor
 from remixdit.evaluation.losses import interval_losses
 from remixdit.evaluation.merging import MergeConfig, search
 from remixdit.evaluation.metrics import frechet_distance, gaussian, kernel_shifts
-from remixdit.figures.grids import image_grid
 from remixdit.files import write_file
 from remixdit.images.npy import npz_array, npz_names
 from remixdit.machine import machine
@@ -42,8 +41,9 @@ from remixdit.model.loading import load_model
 from remixdit.model.merging import merged
 from remixdit.model.model import RemixDiT
 from remixdit.progress import finish
-from remixdit.sampling.sampler import SamplingConfig, sample
-from remixdit.study.config import GRID_IMAGES, StudyConfig
+from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
+from remixdit.study.config import StudyConfig
+from remixdit.study.pictures import save_samples
 from remixdit.study.runs import (
     START_DIR,
     Cell,
@@ -275,7 +275,9 @@ def scored(
     )
     autoencoder = load_autoencoder(model.config.autoencoder, model.device)
     drawn = np.concatenate([batch.images for batch in sample(model, autoencoder, sampling)])
-    image_grid(drawn[:GRID_IMAGES], 10).save(directory / f"samples{suffix}.png")
+    if not suffix:
+        labels = labels_of(model, sampling).tolist()
+        save_samples(directory, drawn, labels, model.config.class_names, sampling.summary(model))
     real = reference_of(config, extractor)
     fake = image_features(np.split(drawn, range(64, len(drawn), 64)), extractor)
     kernel = kernel_shifts(real.pool, fake.pool)

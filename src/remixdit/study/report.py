@@ -2,6 +2,7 @@
 
     results.json    all results, one entry for each cell
     table.md        the table, for a document; board.md, that of equal time
+    samples.png     the same noise through every variant
     report.html     table, figures and settings in one file
 
 Runs of the same seed saw the same images, timesteps and noise, so variants are compared seed by
@@ -21,10 +22,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from remixdit.figures import plots
+from remixdit.figures.axes import new_figure
 from remixdit.figures.html import Block, Heading, Picture, Table, Text, write_report
 from remixdit.files import write_file
 from remixdit.study.board import at_equal_time, board, board_table, load_kernels
 from remixdit.study.paired import Paired, as_text, mean_of, paired
+from remixdit.study.pictures import samples_of_variants
 
 __all__ = ["result_table", "those_of", "write_study"]
 
@@ -57,7 +60,8 @@ def write_study(
     write_file(directory / "table.md", lambda beside: beside.write_text(lines, "utf-8"))
     blocks: list[Block] = [Text(introduction(settings, results))]
     blocks += equal_time(directory, results)
-    blocks += [table, *figures(results)]
+    blocks += [table, Text(WHY_SLOWER)]
+    blocks += [*samples_of_variants(directory, results), *figures(results, settings["name"])]
     blocks += [
         Heading("Variants"),
         Table(["variant", "what"], [[name, summaries[name]] for name in by_variant(results)]),
@@ -157,6 +161,14 @@ CAPTION = (
 )
 
 
+WHY_SLOWER = (
+    "At equal images a mixture takes more time than a plain DiT: every step mixes the weights of "
+    "its experts, computes the gradients of K bases, and updates K times the weights. That cost "
+    "depends on the size of the network alone, so its share falls as batches and images grow. "
+    "Sampling costs what it costs with the plain DiT."
+)
+
+
 def by_interval(cells: Sequence[Result], baseline: Sequence[Result]) -> Paired | None:
     """Compare the losses of all intervals, each with equal weight whatever its size."""
 
@@ -201,7 +213,7 @@ def introduction(settings: Mapping[str, Any], results: Sequence[Result]) -> str:
     return text
 
 
-def figures(results: Sequence[Result]) -> list[Block]:
+def figures(results: Sequence[Result], study: str) -> list[Block]:
     """Return the gain of every variant, and the loss by interval of those that matter most."""
     groups = {name: cells for name, cells in by_variant(results).items() if cells[0]["images"]}
     if not groups:
@@ -211,7 +223,7 @@ def figures(results: Sequence[Result]) -> list[Block]:
     if len(groups) > 1:
         blocks.append(
             Picture(
-                gains(groups, first),
+                gains(groups, first, study),
                 f"Paired difference from {first}: a dot a seed, a line the mean; lower is better.",
                 f"Validation loss of every variant against {first}",
             )
@@ -224,7 +236,7 @@ def figures(results: Sequence[Result]) -> list[Block]:
     ends = np.linspace(0, 1, 1 + len(series[first]))
     blocks.append(
         Picture(
-            plots.loss_by_interval(series, ends),
+            plots.loss_by_interval(series, ends, title=f"{study}: validation loss by interval"),
             f"Mean over seeds; t as a share of the way to noise. Below, against {first}.",
             "Validation loss in each interval",
         )
@@ -232,10 +244,13 @@ def figures(results: Sequence[Result]) -> list[Block]:
     return blocks
 
 
-def gains(groups: Mapping[str, Sequence[Result]], baseline: str) -> Figure:
+def gains(groups: Mapping[str, Sequence[Result]], baseline: str, study: str) -> Figure:
     """Draw each variant's paired differences from a baseline, in per cent."""
     names = [name for name in groups if paired(losses(groups[name]), losses(groups[baseline]))]
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(names)), dpi=150, layout="constrained")
+    title = f"{study}: validation loss against {baseline}"
+    figure = new_figure(
+        8, 1.2 + 0.35 * len(names), title, "Dot: a seed. Line: the mean over seeds."
+    )
     axes = figure.subplots()
     base = losses(groups[baseline])
     for row, name in enumerate(reversed(names)):

@@ -9,8 +9,8 @@ the missing cells, and a stopped cell with its remaining steps.
         config.json              the settings, and the digest of the model to start from
         start/                   a copy of that model, as a run may train on meanwhile
         speeds.json              seconds of a step of every variant, of a study of equal time
-        cells/remix/seed-0/      result.json, losses.npz, samples.png; while it trains, run/
-        results.json, table.md, report.html
+        cells/remix/seed-0/      result.json, losses.npz, samples.npz; while it trains, run/
+        results.json, table.md, samples.png, report.html
 """
 
 import json

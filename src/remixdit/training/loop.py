@@ -6,13 +6,14 @@
 
 A run is a directory:
 
-    config.json       the configuration, and the digest of the data
-    metrics.jsonl     a line every log_every steps
-    checkpoints/      the newest few checkpoints
-    samples/          grids of images from the averaged weights
-    tensorboard/      curves and images
-    tracker-id        identity of the run for wandb and trackio
-    model/            the averaged weights of a finished run
+    config.json         the configuration, and the digest of the data
+    metrics.jsonl       a line every log_every steps
+    coefficients.jsonl  the table of a mixture, at fewer steps
+    checkpoints/        the newest few checkpoints
+    samples/            grids of images from the averaged weights
+    tensorboard/        curves and images
+    tracker-id          identity of the run for wandb and trackio
+    model/              the averaged weights of a finished run
 """
 
 import json

@@ -20,13 +20,15 @@ from remixdit.distributed.parallel import whole
 from remixdit.files import write_file
 from remixdit.training import checkpoint
 from remixdit.training.config import TrainConfig
-from remixdit.training.run import append_metrics, cut_metrics
+from remixdit.training.run import COEFFICIENTS_FILE, append_metrics, cut_metrics
 from remixdit.training.trackers import Tracker, pixels_of, scalars_of
 from remixdit.training.trainer import Training
 
 __all__ = ["Board", "Recorder", "is_due"]
 
 logger = logging.getLogger(__name__)
+
+ALL_TABLES = 6  # the first 2^6 lines of metrics have a table of coefficients each
 
 
 def is_due(step: int, config: TrainConfig, *every: int) -> bool:
@@ -48,15 +50,21 @@ class Recorder:
         # Only sharded tensors cost the other processes anything: all of them gather.
         self.joins = self.writes or training.is_sharded
         self.first_step = training.step
+        mixed = training.model.config
+        self.has_table = mixed.num_bases > 1 and mixed.coefficients != "one_hot"
         self.lacks_samples = False
         self.boards: list[Board | Tracker] = []
         self.writer = checkpoint.Writer(config.output_dir, config.output.keep_checkpoints)
         if self.writes:
             cut_metrics(config.output_dir, training.step)
+            if self.has_table:  # that of the start is written again
+                cut_metrics(config.output_dir, training.step or -1, COEFFICIENTS_FILE)
             if config.output.tensorboard:
                 self.boards.append(Board(config.output_dir, training.step))
             if config.output.tracker:
                 self.boards.append(Tracker(config.output.tracker, config.output_dir))
+        if self.joins and self.has_table and training.step == 0:
+            self._write_coefficients()
 
     def record(self, metrics: dict[str, Any] | None, saves: bool) -> None:
         """Write what is due after a step: a line of metrics, samples, a checkpoint."""
@@ -117,15 +125,16 @@ class Recorder:
             self.writer.write(training.step, training.model.config, parts, skipped)
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
-        tables = whole(self.training.model.experts.logits.detach())  # by all, if it is sharded
+        if self.has_table and is_due(self.training.step, self.config, self._tables_every()):
+            self._write_coefficients()
+        tables = self._coefficients()
         if not self.writes:
             return
         append_metrics(self.config.output_dir, metrics)
         for board in self.boards:
             board.add_metrics(metrics)
             if self.training.model.num_bases > 1:
-                coefficients = self.training.model.experts.coefficients(logits=tables)
-                board.add_coefficients(coefficients.cpu().numpy(), self.training.step)
+                board.add_coefficients(tables, self.training.step)
 
     def _autoencoder(self) -> Autoencoder | None:
         """Return what decodes samples; None where grids are drawn by default and it is not here."""
@@ -146,13 +155,37 @@ class Recorder:
             self.lacks_samples = True
         return found
 
-    def _write_samples(self, autoencoder: Autoencoder) -> None:
-        from remixdit.figures.grids import image_grid
+    def _tables_every(self) -> int:
+        """Return the steps between tables: twice as many whenever the run is twice as long.
 
-        images, names = self.training.sample(autoencoder)
+        So a run of any length has few, and which ones does not depend on when it is to end.
+        """
+        log_every = self.config.output.log_every
+        lines = self.training.step // log_every
+        return log_every * 2 ** max(0, lines.bit_length() - ALL_TABLES)
+
+    def _write_coefficients(self) -> None:
+        """Add a line with the mean of the tables, rounded: some are large."""
+        rows = self._coefficients().mean(0).astype(float).round(4).tolist()
+        if self.writes:
+            row = {"step": self.training.step, "coefficients": rows}
+            append_metrics(self.config.output_dir, row, COEFFICIENTS_FILE)
+
+    def _coefficients(self) -> np.ndarray:
+        """Return the (L, N, K) coefficients; if they are sharded, all processes gather them."""
+        experts = self.training.model.experts
+        return experts.coefficients(logits=whole(experts.logits.detach())).cpu().numpy()
+
+    def _write_samples(self, autoencoder: Autoencoder) -> None:
+        from remixdit.figures.grids import image_grid, near_square
+
+        images, names, summary = self.training.sample(autoencoder)
         if not self.writes:
             return
-        grid = image_grid(images, 8, names)
+        columns = near_square(len(images), len(set(names)) or 1)
+        step = f"step {self.training.step:,} of {self.config.steps:,}"
+        title = f"{self.config.output_dir.absolute().name}, {step}\n{summary}"
+        grid = image_grid(images, columns, names, title=title)
         path = self.config.output_dir / "samples" / f"step-{self.training.step:08d}.png"
         try:
             path.parent.mkdir(exist_ok=True)

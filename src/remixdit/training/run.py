@@ -1,7 +1,8 @@
 """The directory of a training run: its configuration, its log, and the check on resume.
 
-config.json     the settings, and the digest of the data
-metrics.jsonl   one JSON object a line; `step` is the number of optimizer steps done
+config.json         the settings, and the digest of the data
+metrics.jsonl       one JSON object a line; `step` is the number of optimizer steps done
+coefficients.jsonl  likewise, the table of a mixture, at fewer steps
 """
 
 import json
@@ -26,6 +27,7 @@ from remixdit.files import (
 from remixdit.model.validation import json_object
 
 __all__ = [
+    "COEFFICIENTS_FILE",
     "DATA_DIR",
     "append_metrics",
     "check_run",
@@ -40,6 +42,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE, COEFFICIENTS_FILE = "metrics.jsonl", "coefficients.jsonl"
 DATA_DIR = "data"  # where a run keeps what it encoded
 FLAGS = {"init_from": "--from"}  # settings whose flags have other names
 PLACES = {"data", "init_from", "further_bases"}  # settings that are compared as resolved paths
@@ -165,10 +168,10 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def append_metrics(directory: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to `metrics.jsonl`."""
-    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({name: strict(value) for name, value in row.items()}) + "\n")
+def append_metrics(directory: Path, row: Mapping[str, Any], file: str = METRICS_FILE) -> None:
+    """Add a line to `metrics.jsonl`, or to another such file."""
+    with (directory / file).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps({name: strict(value) for name, value in row.items()}) + "\n")
 
 
 def strict(value: Any) -> Any:
@@ -179,17 +182,18 @@ def strict(value: Any) -> Any:
 
 
 def sync_metrics(directory: Path) -> None:
-    """Wait until `metrics.jsonl` is on the disk."""
-    if (directory / "metrics.jsonl").exists():
-        sync(directory / "metrics.jsonl")
+    """Wait until `metrics.jsonl` and `coefficients.jsonl` are on the disk."""
+    for file in (METRICS_FILE, COEFFICIENTS_FILE):
+        if (directory / file).exists():
+            sync(directory / file)
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl`, without one that a crash cut short.
+def read_metrics(directory: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`, or of another such file; not one that a crash cut short.
 
     Other lines that are damaged are left out with a warning.
     """
-    path = directory / "metrics.jsonl"
+    path = directory / file
     if not path.is_file():
         return []
     lines = path.read_text("utf-8", errors="replace").split("\n")[:-1]
@@ -212,8 +216,8 @@ def row_of(line: str) -> dict[str, Any] | None:
     return None
 
 
-def cut_metrics(directory: Path, step: int) -> None:
-    """Drop the lines of `metrics.jsonl` after the checkpoint from which a run resumes."""
-    rows = [row for row in read_metrics(directory) if row["step"] <= step]
+def cut_metrics(directory: Path, step: int, file: str = METRICS_FILE) -> None:
+    """Drop the lines of `metrics.jsonl`, or of another such file, after a run's checkpoint."""
+    rows = [row for row in read_metrics(directory, file) if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_file(directory / "metrics.jsonl", lambda beside: beside.write_text(text, "utf-8"))
+    write_file(directory / file, lambda beside: beside.write_text(text, "utf-8"))

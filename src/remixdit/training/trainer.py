@@ -189,8 +189,14 @@ class Training:
             raise ValueError("the data do not say which autoencoder made their latents")
         return load_autoencoder(self.model.config.autoencoder, self.device, offline)
 
-    def sample(self, autoencoder: Autoencoder) -> tuple[np.ndarray, list[str]]:
-        """Draw a few images from the averaged weights: (n, H, W, C) uint8, and their classes."""
+    def sample(self, autoencoder: Autoencoder) -> tuple[np.ndarray, list[str], str]:
+        """Draw a few images from the averaged weights.
+
+        Returns:
+            (n, H, W, C) uint8, the name of the class of each, and the settings of the sampler.
+        """
+        from remixdit.figures.fonts import class_texts  # matplotlib takes a while
+
         started = time.perf_counter()
         output, names = self.config.output, self.model.config.class_names
         sampling = SamplingConfig(
@@ -204,7 +210,7 @@ class Training:
         labels = [int(label) for batch in batches for label in batch.class_labels]
         images = np.concatenate([batch.images for batch in batches])
         self.window.started += time.perf_counter() - started  # images/s are those of training
-        return images, [names[label] for label in labels] if names else []
+        return images, class_texts(labels, names), sampling.summary(self.model)
 
     def _new_window(self) -> Window:
         return Window(self.strata.num_experts, self.device)
