@@ -156,16 +156,24 @@ def make_controls(subject: Subject) -> list[Any]:
     against.change(
         lambda choice: gr.update(visible=choice == "expert"), against, expert, queue=False
     )
+    return [labels, count, seed, steps, scale, against, expert, *more_controls(subject)]
+
+
+def more_controls(subject: Subject) -> list[Any]:
+    """Make the controls that few need: scheduler, and the interval in which guidance acts."""
+    import gradio as gr
+
+    can_guide = bool(subject.class_names)
     with gr.Accordion("More settings", open=False):
-        fitting = ["euler"] if model.config.is_flow else ["ddpm", "ddim", "dpm++"]
+        fitting = ["euler"] if subject.model.config.is_flow else ["ddpm", "ddim", "dpm++"]
         scheduler = gr.Radio(fitting, value=fitting[0], label="Scheduler")
         low = gr.Slider(
-            0, 1, 0, step=0.01, label="Guidance acts from", info="0: image", visible=bool(classes)
+            0, 1, 0, step=0.01, label="Guidance acts from", info="0: image", visible=can_guide
         )
         high = gr.Slider(
-            0, 1, 1, step=0.01, label="Guidance acts to", info="1: noise", visible=bool(classes)
+            0, 1, 1, step=0.01, label="Guidance acts to", info="1: noise", visible=can_guide
         )
-    return [labels, count, seed, steps, scale, against, expert, scheduler, low, high]
+    return [scheduler, low, high]
 
 
 def request_of(

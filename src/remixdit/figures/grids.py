@@ -80,8 +80,7 @@ def image_grid(
         middle = margin + GAP + index % columns * (width + GAP) + width / 2
         _write(pen, lines, (middle, GAP + row * pitch + height + 2))
     for row, text in enumerate(row_labels):
-        shown, place = _cut(text, margin - 2 * GAP), (margin - GAP, GAP + row * pitch + height / 2)
-        pen.text(place, shown, fill="black", font=_font(shown), anchor="rm")
+        _write_beside(pen, text, margin, GAP + row * pitch + height / 2)
     return _titled(grid, title) if title else grid
 
 
@@ -105,6 +104,12 @@ def _check(
     ):
         if len(given) not in (0, wanted):
             raise ValueError(f"{name} must hold {wanted} texts, got {len(given)}")
+
+
+def _write_beside(pen: ImageDraw.ImageDraw, text: str, margin: int, middle: float) -> None:
+    """Write the label of a row into the margin to its left."""
+    shown = _cut(text, margin - 2 * GAP)
+    pen.text((margin - GAP, middle), shown, fill="black", font=_font(shown), anchor="rm")
 
 
 def _write(pen: ImageDraw.ImageDraw, lines: Sequence[str], place: tuple[float, float]) -> None:

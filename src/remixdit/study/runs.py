@@ -156,7 +156,6 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
             save_every=max(1, steps // 2),
             save_minutes=0,  # the checkpoint of half of the steps must not be pruned
             keep_checkpoints=4,
-            sample_every=0,
             tensorboard=False,
         ),
     )
