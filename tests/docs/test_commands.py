@@ -38,7 +38,7 @@ PAGES = {
 BLOCK = re.compile(r"^(?:<!-- ([^>]*) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE_MARK = re.compile(r"^<!-- commands not run: [^>]{10,} -->$", re.MULTILINE)
 # Programs whose words nothing here can check.
-OTHERS = {"git", "cd", "pip"}
+OTHERS = {"git", "cd", "pip", "hf"}
 
 # Options that make a command small. They come last, and the last of two equal options counts.
 SMALLER = {

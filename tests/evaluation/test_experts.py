@@ -169,7 +169,7 @@ def test_figures_show_the_losses_and_the_matrix(model, data):
         np.testing.assert_allclose(line.get_ydata(), owned)
     matrix = loss_matrix(loaded, held)
     excess = 100 * (matrix / matrix.min(0) - 1)
-    shown = matrix_figure(result).axes[0].images[0].get_array()
+    shown = matrix_figure(result, "ours").axes[0].images[0].get_array()
     np.testing.assert_allclose(shown, excess, rtol=1e-4, atol=1e-4)
 
 

@@ -120,6 +120,9 @@ def test_a_leaderboard_trains_every_kind_of_variant_for_equal_seconds(given, tmp
         goals = goals_of(config, cell["variant"], ratios)
         assert cell["equal_seconds"]["steps"] == goals["seconds"]
         assert np.isfinite(cell["equal_seconds"]["loss"])
+        budget = config.steps * read_speeds(config)["stratified"]["median_ms"] / 1000
+        step = budget / config.steps * max(ratios.values())
+        assert cell["equal_seconds"]["seconds"] == pytest.approx(budget, abs=step)
         if goals["images"] == goals["seconds"]:
             assert cell["equal_seconds"]["loss"] == cell["loss"]
     assert cells[2]["num_experts"] == 8  # before they were merged into one

@@ -90,7 +90,7 @@ def assert_kills_change_nothing(
     line: str, directory: Path, kills: int, num_processes: int = 1
 ) -> None:
     """Compare a run that was killed so many times with one that was not."""
-    line += " --log-every 1 --save-every 1 --keep-checkpoints 2 --no-tensorboard"
+    line += " --log-every 1 --save-every 1 --keep-checkpoints 2 --no-tensorboard --sample-every 0"
     words = [sys.executable, "-c", KILLER, line, str(directory), str(num_processes), str(kills)]
     done = subprocess.run(
         words,

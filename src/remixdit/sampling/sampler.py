@@ -95,7 +95,11 @@ class SamplingConfig:
         return self.scheduler
 
     def summary(self, model: RemixDiT) -> str:
-        """Return how images are drawn, for the title of a picture of them."""
+        """Return how images are drawn, for the title of a picture of them.
+
+        Args:
+            model: Model that draws them, which decides what the scheduler `auto` is.
+        """
         scale = self.guidance_scale
         guidance = f"guidance {scale:g}" if scale > 1 else "no guidance"
         scheduler = self.resolved_scheduler(model)

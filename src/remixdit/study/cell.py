@@ -45,6 +45,7 @@ from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
 from remixdit.study.config import StudyConfig
 from remixdit.study.pictures import save_samples
 from remixdit.study.runs import (
+    REFERENCE,
     START_DIR,
     Cell,
     cell_dir,
@@ -52,7 +53,10 @@ from remixdit.study.runs import (
     goals_of,
     parts_of,
     result_path,
+    speed_name,
+    steps_before,
 )
+from remixdit.study.speeds import Speeds, ratios_of, read_speeds
 from remixdit.study.variants import START, variant
 from remixdit.training.config import TrainConfig
 from remixdit.training.loop import train
@@ -129,6 +133,7 @@ def trained(
             model = merged(model, searched_weights(config, model))
         if goal == "seconds":
             found |= facts_of(config, model, directory, "-seconds")
+            found["seconds"] = seconds_by_turns(config, cell, steps, read_speeds(config))
             result["equal_seconds"] = {"steps": steps, **found}
             continue
         result |= {**found, **facts_of(config, model, directory)}
@@ -137,6 +142,19 @@ def trained(
         if not first and not variant(cell.variant).merges:
             result["half"] = half_way(config, parts)
     return result
+
+
+def seconds_by_turns(config: StudyConfig, cell: Cell, steps: int, speeds: Speeds) -> float:
+    """Return the seconds of a cell by the medians of steps that took turns.
+
+    Those of its own log hold whatever other work ran beside it.
+    """
+    chosen = variant(cell.variant)
+    ratios, base = ratios_of(speeds), speeds[REFERENCE]["median_ms"] / 1000
+    total = steps * ratios[speed_name(cell.variant)]
+    if chosen.first:
+        total += steps_before(config, chosen) * ratios[speed_name(chosen.first)]
+    return float(total * base)
 
 
 def half_way(config: StudyConfig, parts: Sequence[TrainConfig]) -> dict[str, Any]:

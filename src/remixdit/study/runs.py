@@ -27,6 +27,7 @@ __all__ = [
     "result_path",
     "speed_name",
     "starts_of",
+    "steps_before",
 ]
 
 START_DIR = "start"  # copy of the model that all cells start from

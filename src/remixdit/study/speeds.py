@@ -27,7 +27,7 @@ from remixdit.training.config import TrainConfig
 from remixdit.training.start import outline_of, settled, starting_model
 from remixdit.training.trainer import Training
 
-__all__ = ["measure_speeds", "missing_speeds", "ratios_of", "read_speeds"]
+__all__ = ["Speeds", "measure_speeds", "missing_speeds", "ratios_of", "read_speeds"]
 
 NUM_STEPS = 15
 Speeds = dict[str, dict[str, Any]]

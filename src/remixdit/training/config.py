@@ -204,7 +204,12 @@ class OutputConfig:
         seconds_of(self.stop_after)
 
     def samples_at(self, step: int, steps: int) -> bool:
-        """Whether a grid is due after so many of all steps."""
+        """Whether a grid of samples is due.
+
+        Args:
+            step: Number of steps that are done.
+            steps: Number of all steps of the run.
+        """
         if self.sample_every is None:
             return step in (0, steps // 2, steps)
         return bool(self.sample_every and step) and (step == steps or step % self.sample_every == 0)
