@@ -64,13 +64,15 @@ def independent(count: int, shares_batches: bool, summary: str) -> Variant:
 
 
 VARIANTS = {
-    START: Variant("the pre-trained plain DiT, not trained on"),
-    "continued": Variant("the plain DiT goes on", PLAIN),
+    START: Variant("the pre-trained plain DiT, not trained further"),
+    "continued": Variant("the plain DiT, trained further", PLAIN),
     "stratified": Variant(
-        "the plain DiT goes on, timesteps stratified over the intervals", PLAIN, stratified=True
+        "the plain DiT, trained further, timesteps stratified over the intervals",
+        PLAIN,
+        stratified=True,
     ),
     "stratified-uniform": Variant(
-        "the plain DiT goes on, stratified over intervals of equal width in timesteps",
+        "the plain DiT, trained further, stratified over intervals of equal width in timesteps",
         PLAIN | {"intervals": "uniform"},
         stratified=True,
     ),
@@ -137,7 +139,7 @@ VARIANTS = {
     ),
     **{
         f"symmetry-{value:g}": Variant(
-            f"own bases preferred {value:g} strongly at the start", {"symmetry": value}
+            f"preference of {value:g} for the own basis at the start", {"symmetry": value}
         )
         for value in (0.5, 1, 2, 4, 16)
     },
@@ -148,12 +150,15 @@ VARIANTS = {
         for noise in (0.01, 0.1)
     },
     **{
-        f"ema-{decay:g}": Variant(f"averages decay by {decay:g}", optimizer={"ema_decay": decay})
+        f"ema-{decay:g}": Variant(
+            f"decay rate {decay:g} of the averages", optimizer={"ema_decay": decay}
+        )
         for decay in (0.99, 0.995, 0.998, 0.999, 0.9999)
     },
     **{
         f"coefficients-lr-{rate:g}": Variant(
-            f"coefficients learn at {rate:g}", optimizer={"coefficients_learning_rate": rate}
+            f"learning rate {rate:g} of the coefficients",
+            optimizer={"coefficients_learning_rate": rate},
         )
         for rate in (0, 1e-3, 1e-1)
     },
