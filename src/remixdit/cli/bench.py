@@ -25,7 +25,7 @@ __all__ = ["run"]
 class BenchArguments(BenchConfig):
     """Time training steps, or whole trajectories: a plain DiT, Remix-DiT, and naive mixing.
 
-    The variants run by turns. Times are medians; their ratios are what to compare.
+    The variants run interleaved. Times are medians; compare their ratios.
     """
 
     json: bool = False

@@ -25,9 +25,9 @@ class DemoArguments:
     checkpoint: Positional[str]
     """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""
     against: str | None = None
-    """A second model to draw beside it at the same seed, such as the plain DiT that it began as."""
+    """A second model to draw beside it from the same seed, e.g. the plain DiT it started from."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 shows the page to the network, without a password."""
+    """Address to listen on; 0.0.0.0 shows the page to the network, without a password."""
     port: int = 0
     """Port of the page; 0 for the first free one from 7860 on."""
     ema: bool = True

@@ -41,7 +41,7 @@ def run(args: Sequence[str]) -> None:
     try:
         total, skipped = follow(work, {"encode": "images"})
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+        raise KeyboardInterrupt("interrupted; the same command resumes") from None
     finally:
         distributed.stop()
     if skipped:

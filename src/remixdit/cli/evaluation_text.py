@@ -114,7 +114,7 @@ def cost_lines(cost: Facts | None) -> Iterator[str]:
     times = ", ".join(
         f"{row['median_ms']:.3g} ms for {row['batch_size']}" for row in cost["step_latency"]
     )
-    yield f"a step       {flops / 1e9:,.3g} GFLOP an image; {times}"
+    yield f"a step       {flops / 1e9:,.3g} GFLOP per image; {times}"
 
 
 def intervals_text(result: Facts) -> str:
@@ -160,9 +160,9 @@ def reach(found: Facts) -> float:
 def bits_lines(bits: Facts) -> Iterator[str]:
     """Yield the variational bound."""
     if bits["value"] is None:
-        yield f"{'bits a dimension':20}{'-':>12}  {bits['left_out']}"
+        yield f"{'bits per dimension':20}{'-':>12}  {bits['left_out']}"
         return
-    yield value_line("bits a dimension", bits)
+    yield value_line("bits per dimension", bits)
 
 
 def matrix_lines(matrix: Facts) -> Iterator[str]:

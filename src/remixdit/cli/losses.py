@@ -28,7 +28,7 @@ INTERVAL_FILE = "held-out-loss-by-interval.png"  # loss-by-interval.png is that 
 
 @dataclass(frozen=True, kw_only=True)
 class LossesArguments(LossesConfig):
-    """Measure experts against intervals on held-out images: losses, matrix, bits a dimension."""
+    """Measure experts against intervals on held-out images: losses, matrix, bits per dimension."""
 
     checkpoint: Positional[str]
     """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""

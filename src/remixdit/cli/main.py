@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 # name: (module of remixdit.cli, what it does)
 COMMANDS = {
-    "quickstart": ("quickstart", "the main job on real digits, on a CPU in minutes, with a report"),
+    "quickstart": ("quickstart", "the workflow on real digits, on a CPU in minutes, with a report"),
     "encode": ("encode", "images -> shards of pixels or latents; resumable"),
     "data": ("data", "check DIR: verify shards, show a contact sheet and the classes"),
     "plan": ("plan", "which K, micro-batch and sharding fit a GPU, with memory and hours"),
@@ -34,9 +34,9 @@ COMMANDS = {
     "import": ("importing", "a published DiT or Remix-DiT checkpoint -> a model directory"),
     "export": ("exporting", "a model -> plain DiTs, or diffusers"),
     "push": ("pushing", "a model, with its card -> the Hugging Face hub"),
-    "merge": ("merging", "N experts -> one plain network: their mean, or the best mean for --data"),
+    "merge": ("merging", "N experts -> one plain network: their mean, or the best mix for --data"),
     "study": ("study", "variants at equal budget over seeds: tables, figures, a report"),
-    "bench": ("bench", "train, sample or data: what this machine does, beside plain and naive"),
+    "bench": ("bench", "train, sample or data: times on this machine, beside plain and naive"),
     "info": ("info", "sizes, intervals, coefficients and cost of a model"),
     "completion": ("completion", "bash, zsh or fish: a script that completes commands and flags"),
 }
@@ -54,8 +54,8 @@ usage: remixdit COMMAND ...
 
 {commands}
 
-remixdit COMMAND --help    says what a command takes
-remixdit --version         says which version this is
+remixdit COMMAND --help    lists the options of a command
+remixdit --version         prints the version
 """
 
 

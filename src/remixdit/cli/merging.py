@@ -27,7 +27,7 @@ RESULT_FILE = "merge.json"
 
 @dataclass(frozen=True, kw_only=True)
 class MergeArguments(MergeConfig):
-    """Merge the experts into one plain network: their mean, or the best one for held-out images."""
+    """Merge the experts into one plain network: their mean, or the best mix for held-out images."""
 
     checkpoint: Positional[str]
     """A model directory, a run, a checkpoint of a run, or a model on the Hugging Face Hub."""

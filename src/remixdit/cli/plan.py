@@ -43,7 +43,7 @@ def run(args: Sequence[str]) -> None:
     show(text(config, plans))
     words = command(config, plans)
     start = torchrun(min(config.gpus, 8), max(1, config.gpus // 8)) if config.gpus > 1 else ""
-    say_next("to train so, from a plain DiT and encoded shards", words, start=start)
+    say_next("to train this way, from a plain DiT and encoded shards", words, start=start)
 
 
 def hours(plans: Plans, plan: Plan) -> float:
@@ -103,7 +103,7 @@ def text(config: PlanConfig, plans: Plans) -> str:
         f"{config.images_per_second:g} images/s are as given, other columns in proportion."
         if config.images_per_second
         else f"Speed: {rates.flops_per_second / 1e12:g} TFLOP/s by the data sheet of the "
-        f"{plans.card.name}, of which {rates.flops_share:.0%} are assumed; --images-per-second "
+        f"{plans.card.name}, of which {rates.flops_share:.0%} is assumed; --images-per-second "
         "replaces it."
     )
     return "\n".join(
@@ -115,7 +115,7 @@ def text(config: PlanConfig, plans: Plans) -> str:
             table(plans),
             "All of this is computed, and no GPU has run it. GB are 10^9 bytes of one GPU; the sum "
             "is an upper",
-            f"bound, and a tenth of the memory ({LEFT_FREE:.0%}) is left to CUDA and to gaps.",
+            f"bound, and a tenth of the memory ({LEFT_FREE:.0%}) is left for CUDA and gaps.",
             speed,
         ]
     )

@@ -25,9 +25,9 @@ class PushArguments:
     checkpoint: Positional[Path]
     """A run, a checkpoint, a model directory, or what export wrote for diffusers."""
     name: Positional[str]
-    """Name of the model on the hub, owner/name; made if it is not there."""
+    """Name of the model on the hub, owner/name; created if it does not exist."""
     private: bool = False
-    """Make the model private; by default everybody sees it."""
+    """Make the model private; by default everybody can see it."""
     ema: bool = True
     """Use the averaged (EMA) weights of a checkpoint rather than its last ones."""
 

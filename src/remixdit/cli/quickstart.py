@@ -25,5 +25,5 @@ def run(args: Sequence[str]) -> None:
                 for progress in reports:
                     bar.update(progress.done, progress.note, total=progress.total)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+        raise KeyboardInterrupt("interrupted; the same command resumes") from None
     say_next(f"look at {config.output_dir / 'report.html'}", *next_commands(config))

@@ -35,7 +35,7 @@ class SampleArguments(SamplingConfig):
     output: str
     """A .png for one grid, an .npz for arrays, or a directory for one file per image."""
     strips: Path | None = None
-    """A .png that also shows how the first 4 images come about, and which expert draws when."""
+    """A .png that also shows how the first 4 images emerge, and the expert of each step."""
     overwrite: bool = False
     """Replace the samples of an earlier run of this command."""
     class_labels: str = ""  # type: ignore[assignment]  # names need the model

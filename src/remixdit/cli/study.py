@@ -35,7 +35,7 @@ class StudyArguments(StudyConfig):
     """Compare variants at equal budget: the same start, images and steps."""
 
     name: Positional[str]
-    """Which variants; `remixdit study --help` lists them."""
+    """Name of the study; `remixdit study --help` lists them."""
     init_from: Annotated[str, tyro.conf.arg(name="from")]
     """The plain DiT that every variant starts from."""
 
@@ -56,7 +56,7 @@ def run(args: Sequence[str]) -> None:
             for progress in study(config):
                 bar.update(progress.done, progress.note, total=progress.total)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+        raise KeyboardInterrupt("interrupted; the same command resumes") from None
     say(f"look at {config.output_dir / 'report.html'}")
 
 

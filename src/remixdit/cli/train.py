@@ -126,7 +126,7 @@ def is_finished(config: TrainConfig) -> bool:
 def end_early(config: TrainConfig, stop: Stop, command: Sequence[str]) -> None:
     """Say what was saved and how to go on; end with the exit code for that."""
     newest = newest_checkpoint(config.output_dir)
-    saved = f"saved {newest}" if newest else "nothing was to be saved yet"
+    saved = f"saved {newest}" if newest else "there was nothing to save yet"
     count, own = (int(os.environ.get(f"{of}WORLD_SIZE", "1")) for of in ("", "LOCAL_"))
     start = torchrun(own, count // own) if count > 1 else ""
     say_next(f"stopped by {stop.reason}; {saved}", command, start=start)

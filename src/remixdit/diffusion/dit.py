@@ -51,7 +51,7 @@ class DiTConfig:
     num_classes: int = 1000
     """Number of classes; 0 for an unconditional network. The null label is num_classes."""
     learn_sigma: bool = True
-    """Predict the variance beside the mean, with twice the output channels."""
+    """Predict the variance as well as the mean, with twice the output channels."""
     timestep_embedding: str = "dit"
     """Embedding of a timestep: dit, diffusers (other frequencies) or sit (times of a SiT)."""
 

@@ -51,9 +51,9 @@ class SamplingConfig:
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, at least 1; 1 for no guidance."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Part of the way from data (0) to noise (1) where guidance acts (arXiv:2404.07724)."""
+    """Range between data (0) and noise (1) in which guidance acts (arXiv:2404.07724)."""
     guidance_channels: int = 0
-    """Number of guided channels; 0 for all. 3 repeats a slip of published DiT samples."""
+    """Number of guided channels; 0 for all. 3 reproduces a slip in DiT's published samples."""
     scheduler: str = "auto"
     """Sampler: ddpm, ddim, dpm++, euler (flow matching only) or auto (ddpm or euler)."""
     num_inference_steps: int = 250

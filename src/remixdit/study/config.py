@@ -25,7 +25,7 @@ class StudyConfig:
     output_dir: Path
     """Directory of cells and report; the same command again resumes the study."""
     variants: str = ""
-    """Variants instead of the study's own, comma-separated; NAME@0.25 learns at a quarter rate."""
+    """Variants instead of the study's own, comma-separated; NAME@0.25 has a quarter of the rate."""
     seeds: int = 3
     """Number of runs of every variant, each with its own seed."""
     steps: int = 2000
@@ -37,7 +37,7 @@ class StudyConfig:
     learning_rate: float = 2e-4
     """Learning rate of bases and shared parameters, unless a variant has its own."""
     lr_schedule: str = "constant"
-    """Schedule of the learning rates: constant or cosine; losses at half compare with constant."""
+    """Schedule of the learning rates: constant or cosine; half-way losses need constant."""
     beta2: float = 0.999
     """Decay rate of the second moment."""
     ema_decay: float = 0.998

@@ -59,7 +59,7 @@ class MixtureConfig:
     rank: int = 0
     """Rank of the bases, which are added to the frozen model that --from names; 0 for none."""
     symmetry: float = 8.0
-    """Preference of an expert for its own basis at the start: 0 for none, 10 for nearly alone."""
+    """Preference of an expert for its own basis at the start: 0 for none, 10 for little else."""
     intervals: str = "auto"
     """Spacing of the intervals: uniform (timesteps), log_snr, or auto (log_snr where it pays)."""
     prior_strength: float = 0.0
@@ -67,7 +67,7 @@ class MixtureConfig:
     prior_schedule: str = "linear"
     """Schedule of the prior: linear, which falls to exactly 0 at the last step, or constant."""
     basis_noise: float = 0.0
-    """Noise added to the bases at the start, over the root mean square of each parameter."""
+    """Noise added to the bases at the start, relative to the RMS of each parameter."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -185,7 +185,7 @@ class OutputConfig:
     tensorboard: bool = True
     """Write curves and images for TensorBoard."""
     tracker: str = ""
-    """Tracker that gets curves and images too: wandb or trackio, each an extra; none by default."""
+    """Tracker that gets curves and images too: wandb or trackio (extras); none by default."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -244,7 +244,7 @@ class TrainConfig:
     batch_size: int = 256
     """Number of images in a step, over all processes and experts."""
     micro_batch_size: int = 0
-    """Number of images in one forward pass of a process; 0 for all. Fewer save memory."""
+    """Number of images in one forward pass of a process; 0 for all. Fewer images save memory."""
     recompute: bool = False
     """Recompute each block in the backward pass to save the memory of its activations."""
     image_size: int | None = None

@@ -54,7 +54,7 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
     """Decay rate of the averaged weights, which sampling uses."""
     ema_warmup: bool = True
-    """Let the average start fast: its decay is at most (1 + step) / (10 + step)."""
+    """Let the average adapt fast at first: its decay is at most (1 + step) / (10 + step)."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
