@@ -14,7 +14,9 @@ set -euo pipefail
 
 preset=$1 data=$2 run=$3
 shift 3
-limit=${STOP_AFTER_SECONDS:-85800} # ten minutes before --time is over
+# Ten minutes before --time is over, which SLURM tells; 24 hours where it does not.
+now=$(date +%s)
+limit=${STOP_AFTER_SECONDS:-$((${SLURM_JOB_END_TIME:-now + 86400} - now - 600))}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # One torchrun on each machine, one process for each GPU. All meet at the first machine.

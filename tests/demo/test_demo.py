@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 
 from remixdit.cli.demo import DemoArguments, subject_of
 from remixdit.data.autoencoder import Pixels
@@ -43,6 +44,12 @@ def test_a_fixed_expert_draws_as_the_model_whose_experts_are_all_that_one():
     plain = RemixDiT.from_dit(network, 1, 1)
     drawn = sample_latents(fixed_expert(model, 2), FEW, range(2))
     assert np.allclose(drawn, sample_latents(plain, FEW, range(2)), atol=1e-5)
+
+
+def test_a_fixed_expert_draws_in_the_precision_of_the_page():
+    model = tiny_model()
+    model.sample_with(torch.bfloat16)
+    assert fixed_expert(model, 2).sampling == (torch.bfloat16, False)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 31, 32, 33, 50, 250])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,8 @@ def submit(line: str, directory: Path, **variables: str) -> "subprocess.Complete
 def test_the_script_trains_on_two_machines_and_asks_for_more_time(tmp_path):
     data, run = write_npz(tmp_path / "pictures.npz"), tmp_path / "run"
     line = f"tiny {data} {run} --log-every 1 --shard"
-    done = submit(f"{line} --steps 1000000", tmp_path, STOP_AFTER_SECONDS="15")
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 600 + 15)}  # a job of 10 minutes 15 s
+    done = submit(f"{line} --steps 1000000", tmp_path, **end)
     assert (done.returncode, done.stdout) == (0, "again: 7\n"), done.stderr
     reached = steps_done(newest_checkpoint(run))
     done = submit(f"{line} --steps {reached + 2}", tmp_path)

@@ -417,6 +417,31 @@ def test_what_a_model_states_survives_export_and_import(prediction_type, tmp_pat
     assert back == model.config
 
 
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"num_train_timesteps": "1000000000000"}, "num_train_timesteps .* at most 1000000, got"),
+        ({"class_names": '["cat", {"a": 2}]'}, "class_names in the file's metadata must be texts"),
+    ],
+)
+def test_facts_that_no_model_has_are_refused(stated, message, tmp_path):
+    path = tmp_path / "given.safetensors"
+    state = {name: values.contiguous() for name, values in published(tiny_dit()).items()}
+    save_file(state, path, {"num_heads": "2", **stated})
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(path, **MIT)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(value, tmp_path):
+    state = published(tiny_dit())
+    state["blocks.1.mlp.fc1.weight"][0, 0] = value
+    given = saved(state, tmp_path)
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.weight of .* must be finite"):
+        run_import(ImportConfig(source=given, output=tmp_path / "out", num_heads=2, **MIT))
+    assert not (tmp_path / "out").exists()
+
+
 def test_exported_experts_say_who_owns_which_timesteps(tmp_path):
     model = remixed(2, 3)
     export_experts(model, tmp_path / "out")

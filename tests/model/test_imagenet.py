@@ -5,7 +5,13 @@ import pytest
 from remixdit.cli.info import names_text
 from remixdit.cli.sample import label_numbers
 from remixdit.model.config import RemixConfig
-from remixdit.model.imagenet import classes, has_imagenet_names, imagenet_label, imagenet_names
+from remixdit.model.imagenet import (
+    classes,
+    has_imagenet_names,
+    imagenet_label,
+    imagenet_names,
+    shown_names,
+)
 from tests.command_line import refusal, remixdit
 from tests.tiny import tiny_config
 
@@ -53,6 +59,12 @@ def test_every_usual_name_is_its_class_or_refused():
         else:
             with pytest.raises(ValueError, match=f"class_labels must name one class.*{label}"):
                 imagenet_label(name)
+
+
+def test_images_of_numbered_classes_go_by_their_names():
+    assert shown_names(config_of())[207] == "golden retriever"
+    assert shown_names(config_of(2, ("cat", "dog"))) == ("cat", "dog")
+    assert shown_names(config_of(3)) == ()
 
 
 def test_models_with_names_of_their_own_do_not_take_them():

@@ -236,6 +236,21 @@ def test_output_of_another_configuration_is_refused_by_fields(given, tmp_path, c
     assert files_below(given / "colour") == before
 
 
+def test_of_many_differences_three_are_named(given, capsys):
+    line = f"train tiny --data {given}/colour.npz --output-dir {given}/colour --steps 2"
+    changes = "--batch-size 8 --learning-rate 1e-5 --seed 3 --label-dropout 0.5 --ema-decay 0.5"
+    message = refusal(f"{line} {changes}", capsys)
+    assert message.endswith("; and 2 more")
+    assert message.count(" was ") == 3
+
+
+def test_too_little_memory_is_said_with_what_needs_less(given, tmp_path, capsys):
+    line = f"train tiny --data {given}/colour.npz --output-dir {tmp_path}/run --steps 1"
+    message = refusal(f"{line} --hidden-size 2000000", capsys, code=1)
+    assert message.startswith("too little memory: --micro-batch-size, --batch-size, --recompute")
+    assert not (tmp_path / "run").exists()
+
+
 def test_changed_data_are_refused(tmp_path, capsys):
     data = write_npz(tmp_path / "data.npz")
     line = f"train tiny --data {data} --output-dir {tmp_path}/run"

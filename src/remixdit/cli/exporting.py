@@ -7,6 +7,7 @@ from tyro.conf import Positional
 
 from remixdit.cli.arguments import base_config, parse
 from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.next_steps import say_next
 from remixdit.cli.terminal import say
 from remixdit.interchange import ExportConfig, run_export
 from remixdit.model.loading import read_while_training
@@ -31,4 +32,8 @@ def run(args: Sequence[str]) -> None:
         run_export(replace(config, checkpoint=weights))
 
     read_while_training(config.checkpoint, export)
-    say(f"wrote {config.output}")
+    wrote = f"wrote {config.output}"
+    if config.format == "pipeline":
+        say_next(wrote, ("push", config.output, "owner/name"))
+    else:
+        say(wrote)

@@ -41,10 +41,13 @@ COMMANDS = {
     "completion": ("completion", "bash, zsh or fish: a script that completes commands and flags"),
 }
 
-# Errors of torch and safetensors, which are not imported just to be named: too little memory, and
-# what their files meet on a full disk.
-MACHINE_ERRORS = ("OutOfMemoryError", "SafetensorError")
+# Of safetensors, which is not imported just to be named: what its files meet on a full disk.
+MACHINE_ERRORS = ("SafetensorError",)
 
+LESS_MEMORY = (
+    "too little memory: --micro-batch-size, --batch-size, --recompute and --precision bf16 need "
+    "less, where a command has them ({})"
+)
 NO_MEMORY = "can't allocate memory"  # in a RuntimeError, which is what torch raises on a CPU
 
 PATIENCE_SECONDS = 3  # of all processes but the first, before they speak of errors
@@ -76,7 +79,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, ArithmeticError) as error:
         return failed(error, 1)
     except Exception as error:
-        if type(error).__name__ not in MACHINE_ERRORS and NO_MEMORY not in str(error):
+        if type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error):
+            return failed(MemoryError(LESS_MEMORY.format(" ".join(str(error).split())[:200])), 1)
+        if type(error).__name__ not in MACHINE_ERRORS:
             raise
         return failed(error, 1)
 

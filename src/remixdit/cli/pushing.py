@@ -1,6 +1,5 @@
 """`remixdit push CHECKPOINT owner/name`."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from tyro.conf import Positional
 
 from remixdit.cli.arguments import parse
 from remixdit.cli.checkpoints import newest_weights
+from remixdit.cli.next_steps import say_next
 from remixdit.cli.terminal import say
 from remixdit.model.hub import Upload, check_name, check_token, upload
 from remixdit.model.loading import find_model
@@ -49,8 +49,7 @@ def run(args: Sequence[str]) -> None:
     seen = "private" if arguments.private else "public, if it is new"
     say(f"uploading to {arguments.name} ({seen}): {', '.join(map(sized, files.items()))}")
     address = upload(arguments.name, files, arguments.private)
-    command = shlex.join(["remixdit", "sample", arguments.name, "--output", "images.png"])
-    say(f"uploaded to {address}; to draw images: {command}")
+    say_next(f"uploaded to {address}", ("sample", arguments.name, "--output", "images.png"))
 
 
 def sized(file: tuple[str, Upload]) -> str:

@@ -16,7 +16,7 @@ from remixdit.cli.results import claim as claim_files
 from remixdit.cli.results import write_result
 from remixdit.cli.terminal import Bar, say
 from remixdit.model.config import RemixConfig
-from remixdit.model.imagenet import has_imagenet_names, imagenet_label, imagenet_names
+from remixdit.model.imagenet import has_imagenet_names, imagenet_label, imagenet_names, shown_names
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.files import claim, target_of, write_about, write_samples
 from remixdit.sampling.sampler import SamplingConfig, labels_of, sample
@@ -90,7 +90,7 @@ def draw(arguments: SampleArguments) -> None:
     distributed.barrier()
     batches = sample(model, autoencoder, config, ranks.rank, ranks.num_ranks)
     title = f"{arguments.checkpoint}\n{config.summary(model)}"
-    names = model.config.class_names
+    names = shown_names(model.config)
     with Bar("sample", -(-config.num_images // ranks.num_ranks), "images") as bar:
         for done in write_samples(target, batches, class_labels, names, title):
             bar.update(done)

@@ -107,13 +107,19 @@ def show(config: TrainConfig, stop: Stop) -> None:
                 say(f"{config.output_dir} goes on from step {progress.done - 1} of {config.steps}")
             bar.update(progress.done, progress.note)
     if progress is None or progress.stage != "train":
-        say(f"{config.output_dir} has its {config.steps} steps already; more --steps extend it")
+        run = config.output_dir
+        say_next(
+            f"{run} has its {config.steps} steps already, and more --steps extend it; the model is "
+            f"{run / 'model'}",
+            ("sample", run, "--output", run / "images.png"),
+        )
     elif is_finished(config):
         run = config.output_dir
         say_next(
             f"trained {config.steps} steps; the model is {run / 'model'}",
             ("sample", run, "--output", run / "images.png"),
             ("plot", run),
+            ("demo", run),
         )
 
 

@@ -55,15 +55,14 @@ class EncodedDir:
     def start(self) -> bool:
         """Write the settings into the directory; return whether there is work left."""
         # In this order: another process may write the index and then remove the settings.
-        stated = _first_json(self.parts / SETTINGS_FILE, self.directory / INDEX_FILE)
+        places = self.parts / SETTINGS_FILE, self.directory / INDEX_FILE
+        stated = _first_json(*places)
+        if stated is None and self._is_occupied():
+            stated = _first_json(*places)  # another process may have begun since, and finished
+            if stated is None:
+                raise ValueError(f"output {self.directory} exists and is no encoding")
         if stated is not None:
             self._check_same(stated)
-        elif self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"output must be a directory, got the file {self.directory}")
-        elif self.directory.exists() and {path.name for path in self.directory.iterdir()} - {
-            PARTS_DIR  # another process is about to state the same
-        }:
-            raise ValueError(f"output {self.directory} exists and is no encoding")
         if self._tidy_if_merged():
             return False
         self.parts.mkdir(parents=True, exist_ok=True)
@@ -72,6 +71,14 @@ class EncodedDir:
         else:
             _write(self.parts / SETTINGS_FILE, _json(self.settings))
         return not self._tidy_if_merged()
+
+    def _is_occupied(self) -> bool:
+        """Whether the directory holds anything but what another process makes first."""
+        if not self.directory.exists():
+            return False
+        if not self.directory.is_dir():
+            raise ValueError(f"output must be a directory, got the file {self.directory}")
+        return any(path.name != PARTS_DIR for path in self.directory.iterdir())
 
     def _claim(self) -> None:
         """State the settings where there were none, unless another process is faster."""

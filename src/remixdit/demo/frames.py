@@ -69,7 +69,9 @@ def fixed_expert(model: RemixDiT, expert: int) -> RemixDiT:
         class_names=config.class_names,
         autoencoder=config.autoencoder,
     )
-    return fixed.to(model.device).eval()
+    fixed = fixed.to(model.device).eval()
+    fixed.sample_with(*model.sampling)  # in the same precision
+    return fixed
 
 
 def check_against(model: RemixDiT, against: RemixDiT, name: str) -> None:

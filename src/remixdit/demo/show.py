@@ -12,6 +12,7 @@ from remixdit.data.autoencoder import Autoencoder
 from remixdit.demo.frames import MAX_FRAMES, Frame, fixed_expert, frames
 from remixdit.demo.pictures import columns_for, data_uri, heat_map, image_panel, strip
 from remixdit.figures.grids import image_grid
+from remixdit.model.imagenet import shown_names
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.moments import spread
 from remixdit.sampling.sampler import SamplingConfig, labels_of
@@ -46,7 +47,8 @@ class Subject:
     def class_names(self) -> list[str]:
         """Name of every class; empty for an unconditional model."""
         config = self.model.config
-        return list(config.class_names) or [f"class {n}" for n in range(config.network.num_classes)]
+        names = shown_names(config) or (f"class {n}" for n in range(config.network.num_classes))
+        return list(names)
 
     def coefficients(self) -> NDArray[np.float64]:
         """Return (N, K) coefficients; of a table for each block, their mean."""

@@ -22,7 +22,7 @@ from remixdit.interchange.layout import (
     without_prefix,
 )
 from remixdit.interchange.sit import as_flow, kind_of, refuse_other_path
-from remixdit.model.config import RemixConfig
+from remixdit.model.config import LARGEST, RemixConfig
 from remixdit.model.model import RemixDiT
 
 __all__ = ["ImportConfig", "ImportOptions", "import_checkpoint", "run_import"]
@@ -125,14 +125,14 @@ def model_from_file(path: Path, options: ImportOptions) -> RemixDiT:
     check_shapes(state, network)
     network = replace(network, timestep_embedding=kind)
     num_bases, num_experts = mixture_counts(state, options)
+    refuse_not_finite(path, state)
     config = RemixConfig(
         network=network,
         num_bases=num_bases,
         num_experts=num_experts,
         prediction_type=prediction_type,
-        num_train_timesteps=stated_number(metadata, "num_train_timesteps") or 1000,
-        class_names=options.class_names
-        or tuple(map(str, stated_json(metadata, "class_names", []))),
+        num_train_timesteps=stated_timesteps(metadata),
+        class_names=options.class_names or stated_names(metadata),
         autoencoder=weights_autoencoder(options, metadata),
         license=weights_license(options, metadata, path),
     )
@@ -147,6 +147,32 @@ def embedding_in(path: Path, state: Mapping[str, Tensor], stated: Mapping[str, s
     if "boundaries" in stated:  # one of our own exports
         return "dit"
     return kind_of(path.name, state, stated)
+
+
+def refuse_not_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that no command would use."""
+    for name, values in state.items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise ValueError(f"{name} of {path} must be finite, got nan or inf")
+
+
+def stated_timesteps(stated: Mapping[str, str]) -> int:
+    """Return T, which the metadata of a file may state."""
+    found = stated_number(stated, "num_train_timesteps") or 1000
+    most = LARGEST["num_train_timesteps"]
+    if found > most:
+        raise ValueError(
+            f"num_train_timesteps in the file's metadata must be at most {most}, got {found}"
+        )
+    return found
+
+
+def stated_names(stated: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the class names that the metadata of a file may state."""
+    names = stated_json(stated, "class_names", [])
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names in the file's metadata must be texts, got other values")
+    return tuple(names)
 
 
 def stated_number(stated: Mapping[str, str], name: str) -> int | None:

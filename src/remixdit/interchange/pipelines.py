@@ -13,6 +13,7 @@ from remixdit.files import file_digest, new_directory
 from remixdit.interchange.layout import require_embedding
 from remixdit.model.card import license_lines
 from remixdit.model.config import RemixConfig
+from remixdit.model.imagenet import shown_names
 from remixdit.model.model import RemixDiT
 
 __all__ = ["export_pipeline"]
@@ -126,7 +127,7 @@ def pipeline_index(config: RemixConfig, module: str, has_autoencoder: bool) -> d
         "transformer": [module, "RemixDiTModel"],
         "scheduler": ["diffusers", scheduler],
         "vae": ["diffusers", "AutoencoderKL"] if has_autoencoder else [None, None],
-        "id2label": {str(label): name for label, name in enumerate(config.class_names)},
+        "id2label": {str(label): name for label, name in enumerate(shown_names(config))},
     }
 
 

@@ -11,7 +11,7 @@ from remixdit.diffusion.noise import Diffusion, Flow, linear_betas
 from remixdit.mixture.coefficients import KINDS, check_counts
 from remixdit.model.validation import check_fields, fits, json_object, shown, wanted
 
-__all__ = ["RemixConfig", "noise_process", "read_config"]
+__all__ = ["LARGEST", "RemixConfig", "noise_process", "read_config"]
 
 FORMAT_VERSION = 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from remixdit.model.config import RemixConfig
 
-__all__ = ["has_imagenet_names", "imagenet_label", "imagenet_names"]
+__all__ = ["has_imagenet_names", "imagenet_label", "imagenet_names", "shown_names"]
 
 FILE = Path(__file__).with_name("imagenet.txt")
 NUM_CLASSES = 1000
@@ -20,6 +20,11 @@ def has_imagenet_names(config: RemixConfig) -> bool:
     if config.network.num_classes != NUM_CLASSES:
         return False
     return not config.class_names or config.class_names == tuple(synset for synset, _ in classes())
+
+
+def shown_names(config: RemixConfig) -> tuple[str, ...]:
+    """Return the names of a model's classes for people: its own, or ImageNet's; none otherwise."""
+    return imagenet_names() if has_imagenet_names(config) else config.class_names
 
 
 @cache

@@ -237,6 +237,11 @@ class RemixDiT(nn.Module):
         """
         self._sampling, self._switch = (dtype, compile), None
 
+    @property
+    def sampling(self) -> tuple[torch.dtype | None, bool]:
+        """Type of the weights and whether they are compiled, as `sample_with` takes them."""
+        return self._sampling
+
     def precompute(self) -> None:
         """Mix all experts once and keep them, until a weight changes; the memory of N networks."""
         with self._lock:

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from remixdit.data.autoencoder import Autoencoder
+from remixdit.model.imagenet import shown_names
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.moments import moments
 from remixdit.sampling.sampler import SamplingConfig, labels_of
@@ -40,6 +41,6 @@ def draw_strips(
         [moment.timestep for moment in seen],
         [moment.expert for moment in seen],
         model.num_experts,
-        row_labels=class_texts(labels_of(model, few).tolist(), model.config.class_names),
+        row_labels=class_texts(labels_of(model, few).tolist(), shown_names(model.config)),
         title=f"{first}\n{config.summary(model)}",
     )

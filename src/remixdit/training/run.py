@@ -128,9 +128,11 @@ def refuse_changes(
     if "data_digest" not in may_change and old.get("data_digest") != new.get("data_digest"):
         changed.append(f"data was {old.get('data')!r}, now {new.get('data')!r} with other images")
     if changed:
+        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(
             f"output_dir must hold a run of this configuration, got {directory}: "
-            + "; ".join(changed)
+            + "; ".join(changed[:3])
+            + more
         )
 
 

@@ -13,6 +13,7 @@ from remixdit.data import Batch, Loader, ShardDataset
 from remixdit.data.autoencoder import Autoencoder, load_autoencoder
 from remixdit.distributed import Ranks
 from remixdit.distributed.parallel import replicate, shard
+from remixdit.model.imagenet import shown_names
 from remixdit.model.loading import newest_checkpoint
 from remixdit.model.model import RemixDiT
 from remixdit.sampling.sampler import SamplingConfig, sample
@@ -198,7 +199,7 @@ class Training:
         from remixdit.figures.fonts import class_texts  # matplotlib takes a while
 
         started = time.perf_counter()
-        output, names = self.config.output, self.model.config.class_names
+        output, names = self.config.output, shown_names(self.model.config)
         sampling = SamplingConfig(
             num_images=output.sample_images,
             num_inference_steps=output.sample_inference_steps,
