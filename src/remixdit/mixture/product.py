@@ -112,7 +112,8 @@ def together(parts: list[Tensor]) -> Tensor:
 def mix(bases: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the mixed weights (M, *) in `dtype`, of (K, *) bases and (M, K) coefficients."""
     flat, shape = bases.flatten(1), (len(coefficients), *bases.shape[1:])
-    if dtype.itemsize >= flat.itemsize:
+    # A few experts are cheaper to mix in float32 and round than K bases are to round first.
+    if dtype.itemsize >= flat.itemsize or len(coefficients) <= 2 * len(bases):
         return (coefficients.to(flat.dtype) @ flat).to(dtype).view(shape)
     # Written once, in half of the bytes. Coefficients of 8 bits would scale whole networks by a
     # little, so each is the sum of two.
