@@ -87,6 +87,7 @@ def test_run_without_a_terminal_says_what_is_next_and_nothing_else(tmp_path):
         f"remixdit: trained 20 steps; the model is {tmp_path}/run/model; next:\n"
         f"{remixdit_command()} sample {tmp_path}/run --output {tmp_path}/run/images.png\n"
         f"{remixdit_command()} plot {tmp_path}/run\n"
+        f"{remixdit_command()} demo {tmp_path}/run\n"
     )
 
 
@@ -94,7 +95,7 @@ def test_long_run_without_a_terminal_says_a_line_a_minute(tmp_path, capsys, monk
     monkeypatch.setattr("remixdit.cli.terminal.LINE_SECONDS", 0)
     data = write_npz(tmp_path / "pictures.npz")
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --experts-per-step 2")
-    last = capsys.readouterr().err.splitlines()[-4]  # then what was done, and two commands
+    last = capsys.readouterr().err.splitlines()[-5]  # then what was done, and three commands
     number = r"[\d.,]+"
     assert re.fullmatch(
         rf"remixdit: train 20/20, loss {number}, {number} images/s, experts \d \d, "

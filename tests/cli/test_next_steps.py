@@ -39,7 +39,8 @@ def test_from_pictures_to_samples_by_printed_commands(photos, tmp_path, capsys, 
     (train,) = next_steps(capsys)
     assert train[:2] == ["train", "pixels-small"]
     assert main([*train, *tiny.split(), "--sample-every", "0"]) == 0
-    sample, plot = next_steps(capsys)
+    sample, plot, demo = next_steps(capsys)
+    assert demo == ["demo", "run"]
     assert main([*sample, "--num-images", "2", "--num-inference-steps", "1"]) == 0
     assert main(plot) == 0
     assert (tmp_path / "run" / "images.png").is_file()

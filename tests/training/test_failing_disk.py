@@ -13,7 +13,8 @@ import pytest
 
 from remixdit.cli.main import main
 from remixdit.model.loading import newest_checkpoint
-from remixdit.training.run import read_metrics
+from remixdit.training import recorder
+from remixdit.training.run import append_metrics, read_metrics
 from tests.command_line import files_below, refusal, remixdit
 
 LINE = "--steps 12 --save-every 4 --log-every 1 --sample-every 2 --sample-images 1 --tensorboard"
@@ -51,16 +52,22 @@ def at_first_line(run: Path, damage: Callable[[Path], None], name: str) -> threa
 @pytest.mark.parametrize(
     ("name", "damage"), [("tensorboard", shutil.rmtree), ("samples", replaced)]
 )
-def test_training_goes_on_without_pictures_and_curves(name, damage, data, tmp_path, capsys):
-    run = tmp_path / "run"
-    line = f"train tiny --data {data} --output-dir {run} {LINE} --sample-inference-steps 1"
-    thread = at_first_line(run, damage, name)
-    remixdit(line)
-    thread.join()
+def test_training_goes_on_without_pictures_and_curves(
+    name, damage, data, tmp_path, capsys, monkeypatch
+):
+    run, damaged = tmp_path / "run", []
+
+    def append(directory: Path, *row: object) -> None:
+        append_metrics(directory, *row)
+        if (run / name).exists() and not damaged:  # between two steps
+            damaged.append(damage(run / name))
+
+    monkeypatch.setattr(recorder, "append_metrics", append)
+    remixdit(f"train tiny --data {data} --output-dir {run} {LINE} --sample-inference-steps 1")
     warned, *rest = capsys.readouterr().err.splitlines()  # once
     assert warned.startswith(f"remixdit: {run}/{name}")
     assert warned.endswith("; training goes on")
-    assert len(rest) == 3  # the model, and two commands to run next
+    assert len(rest) == 4  # the model, and three commands to run next
     assert [row["step"] for row in read_metrics(run)] == list(range(1, 13))
 
 
