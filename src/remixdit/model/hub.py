@@ -25,7 +25,7 @@ def check_name(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    rule = "" if repo_id.count("/") == 1 else "it has one slash"
+    rule = "" if repo_id.count("/") == 1 else "it must have one slash"
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
