@@ -19,6 +19,7 @@ from remixdit.study.study import study
 from remixdit.study.variants import STUDIES, VARIANTS, variant
 from tests.command_line import save_model, write_npz
 
+EVEN = dict.fromkeys(VARIANTS, 1.0)  # all steps take as long
 RATIOS = {"stratified": 1.0, "remix": 1.25, "rank-16": 0.8, "independent-shared": 1.6}
 
 
@@ -52,9 +53,14 @@ def test_what_goes_first_is_paid_for_from_the_same_budget(tmp_path):
     trained = {**RATIOS, "rank-16-trained": 0.8, "independent-learned": 2.0}
     goals = goals_of(config, "rank-16-trained", trained)
     assert goals == {"images": 500, "seconds": 625}
-    # 750 steps of 1.6 are more than the whole budget: no step is left.
+    # Three quarters of the seconds are 469 steps of 1.6, and the rest 125 of 2.0.
+    assert goals_of(config, "independent-learned", trained) == {"images": 531, "seconds": 125}
+    images = goals_of(replace(config, budget="images"), "independent-learned", {})
+    assert images == {"images": 250}
     with pytest.raises(ValueError, match="steps must leave at least 1 after the first variant"):
-        goals_of(config, "independent-learned", trained)
+        goals_of(
+            replace(config, steps=4), "independent-learned", {**trained, "independent-learned": 9}
+        )
 
 
 def test_a_budget_in_seconds_needs_a_constant_learning_rate(tmp_path):
@@ -80,10 +86,11 @@ def test_both_goals_of_a_run_without_an_end_are_one_run(given):
     config, start = config_for(given), load_model(given / "plain")
     for name, same in (("remix", True), ("published", False)):
         cell = Cell(name, 0)
-        images, seconds = (parts_of(config, cell, start, g, 6)[0] for g in ("images", "seconds"))
+        goals = ("images", "seconds")
+        images, seconds = (parts_of(config, cell, start, goal, EVEN)[0] for goal in goals)
         assert (images.output_dir == seconds.output_dir) is same
     for name in STUDIES["leaderboard"][1:]:
-        for part in first_parts(config, Cell(name, 0), start):
+        for part in first_parts(config, Cell(name, 0), start, EVEN):
             assert part.mixture.num_bases == 1  # what goes first is plain
 
 
@@ -94,8 +101,8 @@ def test_a_cell_starts_from_what_went_first(name, given):
         load_model(given / "plain"),
         Cell(name, 0),
     )
-    first = first_parts(config, cell, start)
-    own = parts_of(config, cell, start, "images", 4)[0]
+    first = first_parts(config, cell, start, EVEN)
+    own = parts_of(config, cell, start, "images", EVEN)[0]
     assert [own.init_from, *own.further_bases] == [str(part.output_dir) for part in first]
     images = sum(part.steps * part.batch_size for part in first)
     assert images == 80 * 8 * variant(name).first_share

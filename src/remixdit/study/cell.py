@@ -92,7 +92,7 @@ def run_cell(config: StudyConfig, cell: Cell, ratios: dict[str, float], threads:
             result["equal_seconds"] = {**result, "seconds": 0, "steps": 0}
             copy_of_start(directory)
     else:
-        result |= trained(config, cell, start, goals_of(config, cell.variant, ratios))
+        result |= trained(config, cell, start, ratios)
     result["machine"] = machine(device)
     text = json.dumps(result, indent=1) + "\n"
     write_file(result_path(config, cell), lambda beside: beside.write_text(text, "utf-8"))
@@ -108,7 +108,7 @@ def copy_of_start(directory: Path) -> None:
 
 
 def trained(
-    config: StudyConfig, cell: Cell, start: RemixDiT, goals: dict[str, int]
+    config: StudyConfig, cell: Cell, start: RemixDiT, ratios: dict[str, float]
 ) -> dict[str, Any]:
     """Train a cell to its goals, the nearer one first, and measure it at each.
 
@@ -116,15 +116,16 @@ def trained(
         config: The study.
         cell: The cell.
         start: Model that the study starts from.
-        goals: Steps of the cell's own run by goal.
+        ratios: Seconds of a step of each variant over those of the reference.
     """
     directory, device = cell_dir(config, cell), pick_device(config.device)
-    first = first_parts(config, cell, start)
+    first = first_parts(config, cell, start, ratios)
     for part in first:
         finish(train(part))
     result: dict[str, Any] = {}
+    goals = goals_of(config, cell.variant, ratios)
     for goal, steps in sorted(goals.items(), key=lambda item: item[1]):
-        parts = parts_of(config, cell, start, goal, steps)
+        parts = parts_of(config, cell, start, goal, ratios)
         for part in parts:
             finish(train(part))
         model = trained_model(parts).to(device)
@@ -153,7 +154,7 @@ def seconds_by_turns(config: StudyConfig, cell: Cell, steps: int, speeds: Speeds
     ratios, base = ratios_of(speeds), speeds[REFERENCE]["median_ms"] / 1000
     total = steps * ratios[speed_name(cell.variant)]
     if chosen.first:
-        total += steps_before(config, chosen) * ratios[speed_name(chosen.first)]
+        total += steps_before(config, chosen, ratios) * ratios[speed_name(chosen.first)]
     return float(total * base)
 
 

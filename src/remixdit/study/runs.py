@@ -65,7 +65,7 @@ def goals_of(config: StudyConfig, name: str, ratios: dict[str, float]) -> dict[s
         ratios: Seconds of a step of each variant over those of a step of the reference.
     """
     chosen = variant(name)
-    before = steps_before(config, chosen)
+    before = steps_before(config, chosen, ratios)
     goals = {"images": max(1, round(config.steps * chosen.share)) - before}
     if config.is_timed:
         left = config.steps - before * ratios[speed_name(chosen.first)] if before else config.steps
@@ -77,19 +77,32 @@ def goals_of(config: StudyConfig, name: str, ratios: dict[str, float]) -> dict[s
     return goals
 
 
-def steps_before(config: StudyConfig, chosen: Variant) -> int:
-    """Return the steps of the variant that goes first, 0 without one."""
-    return round(config.steps * chosen.first_share) if chosen.first else 0
+def steps_before(config: StudyConfig, chosen: Variant, ratios: dict[str, float]) -> int:
+    """Return the steps of the variant that goes first, 0 without one.
+
+    Its share is one of the seconds in a study of time, and else one of the images.
+
+    Args:
+        config: The study.
+        chosen: Variant that comes after it.
+        ratios: Seconds of a step of each variant over those of the reference; none for images.
+    """
+    if not chosen.first:
+        return 0
+    ratio = ratios[speed_name(chosen.first)] if config.is_timed else 1
+    return max(1, min(round(config.steps * chosen.first_share / ratio), config.steps - 1))
 
 
-def first_parts(config: StudyConfig, cell: Cell, start: RemixDiT) -> tuple[TrainConfig, ...]:
+def first_parts(
+    config: StudyConfig, cell: Cell, start: RemixDiT, ratios: dict[str, float]
+) -> tuple[TrainConfig, ...]:
     """Return the runs of the variant that goes first; none without one."""
     chosen = variant(cell.variant)
     if not chosen.first:
         return ()
     first = variant(chosen.first)
     common = common_run(config, cell, start)
-    steps, place = steps_before(config, chosen), cell_dir(config, cell) / "first"
+    steps, place = steps_before(config, chosen, ratios), cell_dir(config, cell) / "first"
     run = replace(run_config(first, common), steps=steps, output_dir=place)
     return independent_runs(first, run)
 
@@ -100,7 +113,7 @@ def starts_of(config: StudyConfig, first: tuple[TrainConfig, ...]) -> tuple[str,
 
 
 def parts_of(
-    config: StudyConfig, cell: Cell, start: RemixDiT, goal: str, steps: int
+    config: StudyConfig, cell: Cell, start: RemixDiT, goal: str, ratios: dict[str, float]
 ) -> tuple[TrainConfig, ...]:
     """Return the runs in which a cell reaches a goal: one, or one for each independent expert.
 
@@ -109,19 +122,19 @@ def parts_of(
         cell: The cell.
         start: Model that the study starts from.
         goal: "images" or "seconds".
-        steps: Steps of the goal.
+        ratios: Seconds of a step of each variant over those of the reference.
     """
     chosen = variant(cell.variant)
     run = run_config(chosen, common_run(config, cell, start))
-    origin, *further = starts_of(config, first_parts(config, cell, start))
-    run = replace(run, steps=steps, init_from=origin, further_bases=tuple(further))
+    origin, *further = starts_of(config, first_parts(config, cell, start, ratios))
+    goals = goals_of(config, cell.variant, ratios)
+    run = replace(run, steps=goals[goal], init_from=origin, further_bases=tuple(further))
     mixture = run.mixture
     if mixture.prior_strength and mixture.prior_schedule == "linear" and goal == "seconds":
         # A schedule that ends with the run: another goal is another run.
         run = replace(run, output_dir=run.output_dir.with_name("run-seconds"))
     # The checkpoint after half of the images is written on the way to either goal.
-    images = goals_of(replace(config, budget="images"), cell.variant, {})["images"]
-    half = max(1, independent_runs(chosen, replace(run, steps=images))[0].steps // 2)
+    half = max(1, independent_runs(chosen, replace(run, steps=goals["images"]))[0].steps // 2)
     return tuple(
         replace(part, output=replace(part.output, save_every=half))
         for part in independent_runs(chosen, run)
