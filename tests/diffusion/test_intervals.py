@@ -25,7 +25,7 @@ def test_every_timestep_belongs_to_exactly_one_expert_for_every_number_of_expert
 @pytest.mark.parametrize("num_experts", [1, 2, 20, 333, 999, 1000])
 def test_log_snr_intervals_are_never_empty_and_equal_in_width_where_they_can_be(num_experts):
     log_snr = Diffusion().log_snr
-    intervals = Intervals.by_log_snr(num_experts, log_snr)
+    intervals = Intervals.by_curve(num_experts, log_snr)
     assert torch.equal(intervals.expert_at(torch.arange(1000)).unique(), torch.arange(num_experts))
     if num_experts == 20:
         levels = log_snr[torch.tensor(intervals.boundaries[1:-1])]
@@ -35,7 +35,7 @@ def test_log_snr_intervals_are_never_empty_and_equal_in_width_where_they_can_be(
 
 
 def test_flow_intervals_by_log_snr_are_equal_in_width():
-    intervals = Intervals.continuous_by_log_snr(8, Flow.log_snr)
+    intervals = Intervals.continuous_by_curve(8, Flow.log_snr)
     inner = torch.tensor(intervals.boundaries[1:-1], dtype=torch.float64)
     widths = -Flow.log_snr(inner).diff()
     torch.testing.assert_close(widths, widths.mean().expand(6), rtol=1e-3, atol=0)

@@ -182,7 +182,7 @@ def test_the_stratified_baseline_has_the_intervals_of_the_default(given, tmp_pat
         run_config(variant(name), common).interval_policy
         for name in ("remix", "stratified", "uniform", "stratified-uniform", "published")
     ]
-    assert policies == ["log_snr", "log_snr", "uniform", "uniform", "uniform"]
+    assert policies == ["loss", "loss", "uniform", "uniform", "uniform"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -201,7 +201,7 @@ def test_every_variant_of_every_study_is_a_run(name, given, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "steps", "batch_size", "policy"),
-    [("independent", 2, 8, "uniform"), ("independent-shared", 16, 1, "log_snr")],
+    [("independent", 2, 8, "uniform"), ("independent-shared", 16, 1, "loss")],
 )
 def test_independent_experts_are_plain_trainings_of_equal_cost(
     name, steps, batch_size, policy, given, tmp_path

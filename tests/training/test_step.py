@@ -12,7 +12,7 @@ from remixdit.diffusion.noise import Diffusion
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, TrainConfig
 from remixdit.training.plan import Planner
-from remixdit.training.start import training_strata
+from remixdit.training.start import cut_intervals, training_strata
 from remixdit.training.step import Window, gradients
 from tests.tiny import perturb, tiny_dit
 
@@ -176,7 +176,8 @@ def test_a_plain_dits_strata_are_the_intervals_that_its_experts_would_have():
     plain = plain_config(timestep_strata=5)
     model = RemixDiT.from_dit(tiny_dit(), 1, 1)
     strata = training_strata(model.config, plain)
-    assert strata.boundaries == Intervals.by_log_snr(5, Diffusion().log_snr).boundaries
+    assert strata.boundaries == cut_intervals(model.config, 5, "loss").boundaries
+    assert strata.boundaries != (0, 200, 400, 600, 800, 1000)
     uniform = replace(plain, mixture=replace(plain.mixture, intervals="uniform"))
     assert training_strata(model.config, uniform).boundaries == (0, 200, 400, 600, 800, 1000)
     alone = plain_config(interval="2/4")
@@ -185,7 +186,7 @@ def test_a_plain_dits_strata_are_the_intervals_that_its_experts_would_have():
 
 def test_weights_of_a_step_make_up_for_images_that_are_spread_unevenly():
     """Equal widths in log-SNR, all in every step: the expected loss is that of all timesteps."""
-    intervals = Intervals.by_log_snr(20, Diffusion().log_snr)
+    intervals = Intervals.by_curve(20, Diffusion().log_snr)
     inputs = planner(intervals, 20, 40).inputs(0, images(40))
     low_noise = inputs.timesteps < 100
     assert low_noise.float().mean() > 0.3
@@ -196,17 +197,18 @@ def test_weights_of_a_step_make_up_for_images_that_are_spread_unevenly():
 @pytest.mark.parametrize(
     ("mixture", "objective", "policy"),
     [
-        ({}, {}, "log_snr"),
-        ({"experts_per_step": 20}, {}, "log_snr"),
+        ({}, {}, "loss"),
+        ({"experts_per_step": 20}, {}, "loss"),
         ({"experts_per_step": 4}, {}, "uniform"),
         ({}, {"prediction_type": "v_prediction"}, "uniform"),
         ({"intervals": "uniform"}, {}, "uniform"),
+        ({"intervals": "loss"}, {"prediction_type": "v_prediction"}, "loss"),
         ({"intervals": "log_snr", "experts_per_step": 1}, {}, "log_snr"),
         ({"num_bases": 1, "num_experts": 1}, {}, "uniform"),
-        ({"num_bases": 1, "num_experts": 1}, {"timestep_strata": 8}, "log_snr"),
+        ({"num_bases": 1, "num_experts": 1}, {"timestep_strata": 8}, "loss"),
     ],
 )
-def test_intervals_are_cut_in_log_snr_where_that_was_seen_to_pay(mixture, objective, policy):
+def test_intervals_are_cut_by_the_loss_where_that_was_seen_to_pay(mixture, objective, policy):
     config = TrainConfig(
         data="",
         output_dir=Path(),

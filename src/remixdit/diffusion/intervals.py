@@ -22,7 +22,9 @@ from torch import Tensor
 
 from remixdit.seeds import generator_for
 
-__all__ = ["Draw", "Intervals", "LogitNormal", "Uniform"]
+__all__ = ["Draw", "Intervals", "LogitNormal", "Uniform", "moved"]
+
+GRID = 100_001  # times at which a curve over [0, 1] is known
 
 
 @dataclass(frozen=True)
@@ -121,44 +123,35 @@ class Intervals:
         return cls(cuts, distribution or Uniform())
 
     @classmethod
-    def by_log_snr(cls, num_experts: int, log_snr: Tensor) -> "Intervals":
-        """Cut [0, T) into parts of equal width in log-SNR, of at least one timestep each.
+    def by_curve(cls, num_experts: int, curve: Tensor) -> "Intervals":
+        """Cut [0, T) where a curve has moved by equal steps, at least one timestep apart.
 
         Args:
             num_experts: Number of experts, N, in 1..T.
-            log_snr: (T,) falling logarithm of the signal-to-noise ratio at each timestep.
+            curve: (T,) rising or falling numbers, such as the log-SNR of each timestep.
         """
-        total = len(log_snr)
+        total = len(curve)
         check_count(num_experts, total)
-        levels = torch.linspace(0, 1, num_experts + 1, dtype=torch.float64)[1:-1]
-        fall = (log_snr[0] - log_snr.double()) / (log_snr[0] - log_snr[-1])
-        cuts = [0, *torch.searchsorted(fall, levels).tolist(), total]
+        cuts = [0, *torch.searchsorted(moved(curve), levels_of(num_experts)).tolist(), total]
         for n in range(1, num_experts):
             # One timestep at least for this interval, and for each of those still to come.
             cuts[n] = min(max(cuts[n], cuts[n - 1] + 1), total - (num_experts - n))
         return cls(tuple(cuts))
 
     @classmethod
-    def continuous_by_log_snr(
-        cls,
-        num_experts: int,
-        log_snr: Callable[[Tensor], Tensor],
-        distribution: Uniform | LogitNormal | None = None,
+    def continuous_by_curve(
+        cls, num_experts: int, curve: Callable[[Tensor], Tensor]
     ) -> "Intervals":
-        """Cut [0, 1] into parts of equal width in log-SNR between t = 0.001 and t = 0.999.
+        """Cut [0, 1] where a curve has moved by equal steps between t = 0.001 and t = 0.999.
 
         Args:
             num_experts: Number of experts, N, at least 1.
-            log_snr: Falling function of t, applied to float64 tensors.
-            distribution: Distribution of training timesteps over [0, 1].
+            curve: Rising or falling function of t, applied to float64 tensors.
         """
         check_count(num_experts, None)
-        grid = torch.linspace(0.001, 0.999, 100_001, dtype=torch.float64)
-        curve = log_snr(grid)
-        levels = torch.linspace(0, 1, num_experts + 1, dtype=torch.float64)[1:-1]
-        fall = (curve[0] - curve) / (curve[0] - curve[-1])
-        inner = grid[torch.searchsorted(fall, levels)].tolist()
-        return cls((0.0, *inner, 1.0), distribution or Uniform())
+        grid = torch.linspace(0.001, 0.999, GRID, dtype=torch.float64)
+        inner = grid[torch.searchsorted(moved(curve(grid)), levels_of(num_experts))].tolist()
+        return cls((0.0, *inner, 1.0))
 
     @property
     def num_experts(self) -> int:
@@ -254,6 +247,17 @@ class Intervals:
         """Return (B,) starts and (B,) ends of the images' intervals among N + 1 cuts."""
         values = torch.tensor(cuts, dtype=dtype)
         return values[experts], values[experts + 1]
+
+
+def moved(curve: Tensor) -> Tensor:
+    """Return how far a curve has moved from its start, as a share of its whole way."""
+    curve = curve.double()
+    return (curve[0] - curve) / (curve[0] - curve[-1])
+
+
+def levels_of(num_experts: int) -> Tensor:
+    """Return (N - 1,) shares at which N equal parts meet."""
+    return torch.linspace(0, 1, num_experts + 1, dtype=torch.float64)[1:-1]
 
 
 def check_count(num_experts: int, num_train_timesteps: int | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from remixdit.bench.timing import Step, Timing, take_turns, turns
+from remixdit.bench.timing import Step, Timing, Turn, take_turns
 from remixdit.data import ShardDataset
 from remixdit.distributed import Ranks, pick_device
 from remixdit.files import write_file
@@ -29,7 +29,7 @@ from remixdit.training.trainer import Training
 
 __all__ = ["Speeds", "measure_speeds", "missing_speeds", "ratios_of", "read_speeds"]
 
-NUM_STEPS = 15
+NUM_ROUNDS, IN_A_ROW = 10, 4  # the first step of a row finds other weights in the caches
 Speeds = dict[str, dict[str, Any]]
 
 
@@ -62,7 +62,7 @@ def measure_speeds(config: StudyConfig, names: Sequence[str], threads: int) -> N
     steps = {name: step_of(config, name, start) for name in dict.fromkeys([REFERENCE, *names])}
     timings = {
         timing.name: timing
-        for timing in take_turns(steps, turns(list(steps), NUM_STEPS), device)
+        for timing in take_turns(steps, rows_of_steps(list(steps)), device)
         if isinstance(timing, Timing)
     }
     base = timings[REFERENCE].median
@@ -73,6 +73,20 @@ def measure_speeds(config: StudyConfig, names: Sequence[str], threads: int) -> N
     facts = {"threads": threads, "machine": machine(device), "steps": new | read_speeds(config)}
     text = json.dumps(facts, indent=1) + "\n"
     write_file(config.output_dir / "speeds.json", lambda beside: beside.write_text(text, "utf-8"))
+
+
+def rows_of_steps(names: Sequence[str]) -> list[Turn]:
+    """Return who runs when: a few steps in a row each, as in training, of which the first warms up.
+
+    Args:
+        names: Of the variants.
+    """
+    return [
+        Turn(number, name, is_timed=number > 0 and place > 0)
+        for number in range(1 + NUM_ROUNDS)
+        for name in names
+        for place in range(IN_A_ROW)
+    ]
 
 
 def step_of(config: StudyConfig, name: str, start: RemixDiT) -> Step:

@@ -76,6 +76,11 @@ VARIANTS = {
         PLAIN | {"intervals": "uniform"},
         stratified=True,
     ),
+    "stratified-log-snr": Variant(
+        "the plain DiT, trained further, stratified over intervals of equal width in log-SNR",
+        PLAIN | {"intervals": "log_snr"},
+        stratified=True,
+    ),
     "stratified-long": Variant(
         "the stratified plain DiT with a quarter more images", PLAIN, stratified=True, share=1.25
     ),
@@ -125,6 +130,7 @@ VARIANTS = {
     "remix-all": Variant("every parameter is mixed", {"mixed": "all"}),
     "uniform": Variant("intervals of equal width in timesteps", {"intervals": "uniform"}),
     "log-snr": Variant("intervals of equal width in log-SNR", {"intervals": "log_snr"}),
+    "loss": Variant("intervals of an equal part of the gradient to expect", {"intervals": "loss"}),
     **{f"k{k}": Variant(f"K = {k} bases", {"num_bases": k}) for k in (2, 4, 8, 20)},
     **{f"n{n}": Variant(f"N = {n} experts", {"num_experts": n}) for n in (4, 8, 20, 100, 1000)},
     **{f"m{m}": Variant(f"M = {m} experts a step", {"experts_per_step": m}) for m in (1, 2, 4, 10)},
@@ -222,7 +228,10 @@ STUDIES = {
     "mixed": (START, "stratified", "remix-all", "remix"),
     "prior": (START, "stratified", *named("prior-"), "remix"),
     "symmetry": (START, "stratified", *named("symmetry-", "noise-", "coefficients-lr"), "remix"),
-    "intervals": (START, "stratified", "stratified-uniform", "uniform", "remix"),
+    "intervals": (
+        *(START, "stratified", "stratified-uniform", "stratified-log-snr"),
+        *("uniform", "log-snr", "remix"),
+    ),
     "ema": (START, "stratified", *named("ema-"), "remix"),
     "learning-rate": (
         *(START, "stratified", *at_rates("stratified"), "published"),
@@ -305,7 +314,7 @@ def independent_runs(variant: Variant, run: TrainConfig) -> tuple[TrainConfig, .
 
 def shared_policy(run: TrainConfig) -> str:
     """Return the policy of intervals where every step holds all of them."""
-    return "log_snr" if run.objective.prediction_type == "epsilon" else "uniform"
+    return "loss" if run.objective.prediction_type == "epsilon" else "uniform"
 
 
 def strata_of(mixture: MixtureConfig, batch_size: int) -> int:

@@ -28,6 +28,7 @@ __all__ = [
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+POLICIES = ("auto", "uniform", "log_snr", "loss")
 TRACKERS = ("wandb", "trackio")
 
 # Settings that may differ between a run and its resumption; boundaries follow from others.
@@ -61,7 +62,8 @@ class MixtureConfig:
     symmetry: float = 8.0
     """Preference of an expert for its own basis at the start: 0 for none, 10 for little else."""
     intervals: str = "auto"
-    """Spacing of the intervals: uniform (timesteps), log_snr, or auto (log_snr where it pays)."""
+    """What intervals have in equal parts: uniform (timesteps), log_snr, loss (the gradient, by the
+    loss to expect), or auto, which is loss where it was seen to pay."""
     prior_strength: float = 0.0
     """Weight of the prior, which pulls each expert to its own basis (gamma)."""
     prior_schedule: str = "linear"
@@ -76,8 +78,10 @@ class MixtureConfig:
             raise ValueError(
                 f"coefficients must be one of {', '.join(KINDS)}, got {self.coefficients!r}"
             )
-        if self.intervals not in ("auto", "uniform", "log_snr"):
-            raise ValueError(f"intervals must be auto, uniform or log_snr, got {self.intervals!r}")
+        if self.intervals not in POLICIES:
+            raise ValueError(
+                f"intervals must be one of {', '.join(POLICIES)}, got {self.intervals!r}"
+            )
         if self.prior_schedule not in ("linear", "constant"):
             raise ValueError(
                 f"prior_schedule must be linear or constant, got {self.prior_schedule!r}"
@@ -350,18 +354,19 @@ class TrainConfig:
 
     @property
     def interval_policy(self) -> str:
-        """Unit in which the intervals have equal widths: uniform or log_snr.
+        """What the intervals have in equal parts: uniform, log_snr or loss.
 
-        Most of the loss of a network that predicts noise is at the least noisy timesteps. Intervals
-        of equal width in log-SNR have more experts there, and more images if every step holds all
-        of them. Otherwise each is drawn in proportion to its timesteps.
+        A batch spread so that every interval holds as much of the gradient has the least noisy
+        sum. Of a network that predicts noise this was seen to pay (docs/results/leaderboard); the
+        loss of other predictions varies little with the timestep. With fewer experts in a step
+        each is drawn in proportion to its timesteps.
         """
         if self.mixture.intervals != "auto":
             return self.mixture.intervals
         total = max(self.mixture.num_experts, self.objective.timestep_strata)
         together = self.strata_per_step == total > 1
         predicts_noise = self.objective.prediction_type in ("auto", "epsilon")
-        return "log_snr" if together and predicts_noise else "uniform"
+        return "loss" if together and predicts_noise else "uniform"
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from remixdit.data import ShardDataset, check_apart, is_shard_dir, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiT
+from remixdit.diffusion.expected_loss import LATENT_STD, PIXEL_STD, gradient_curve
 from remixdit.diffusion.intervals import Intervals, LogitNormal
 from remixdit.diffusion.noise import Diffusion, Flow
 from remixdit.distributed.parallel import checksum_of, fill
@@ -370,13 +371,23 @@ def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
     Args:
         config: Configuration of the model.
         count: Number of intervals.
-        policy: Unit of equal widths: "uniform" (timesteps) or "log_snr".
+        policy: What is equal in all of them: "uniform" (width in timesteps), "log_snr" (width in
+            log-SNR) or "loss" (the gradient to expect).
     """
     process: Diffusion | Flow = noise_process(config)
+    std = PIXEL_STD if config.autoencoder["name"] == "none" else LATENT_STD
+    size = config.network.input_size
     if isinstance(process, Diffusion):
         if policy == "uniform":
             return Intervals.uniform(count, config.num_train_timesteps)
-        return Intervals.by_log_snr(count, process.log_snr)
+        if policy == "log_snr":
+            return Intervals.by_curve(count, process.log_snr)
+        times = torch.arange(config.num_train_timesteps)
+        return Intervals.by_curve(count, gradient_curve(process, times, size, std))
     if policy == "uniform":
         return Intervals.continuous(count)
-    return Intervals.continuous_by_log_snr(count, process.log_snr)
+    if policy == "log_snr":
+        return Intervals.continuous_by_curve(count, process.log_snr)
+    return Intervals.continuous_by_curve(
+        count, partial(gradient_curve, process, size=size, std=std)
+    )
