@@ -68,7 +68,7 @@ def test_intervals_hold_equal_parts_of_the_root_of_the_loss_and_of_the_log_snr()
 
 
 def test_epsilon_has_more_intervals_where_its_gradient_is_larger_than_its_loss_says():
-    """Measured sizes of gradients over the root of the loss: 4.6 at t = 0, 1.6 at 10, 1.1 at 250."""
+    """Measured sizes over the root of the loss: 4.6 at t = 0, 1.6 at 10, 1.1 at 250."""
     process, times = PROCESSES["epsilon"], torch.arange(1000)
     intervals = Intervals.by_curve(20, gradient_curve(process, times, 16, 0.5))
     assert intervals.boundaries[1] < 6
