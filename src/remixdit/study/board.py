@@ -37,16 +37,42 @@ CAPTION = (
     "seeds, for KID over seeds and images, and the seeds in which it is lower."
 )
 
-NOTE = "Dots: mean over the seeds, with bars for their range. Lines begin at the start."
+NOTE = (
+    "Lines: mean over the seeds, from the start on, where it was measured. Bands: range of the "
+    "seeds. Dots: end of the budget; a line goes on to the end of a run of as many images."
+)
 
 
 def at_equal_time(cells: Sequence[Result]) -> list[Result]:
-    """Return what cells had after equal seconds, with variant and seed."""
+    """Return what cells had after equal seconds, with variant and seed.
+
+    "course" holds what was measured in the same run at other times, in rising order.
+    """
     return [
-        {"variant": cell["variant"], "seed": cell["seed"], **cell["equal_seconds"]}
+        {
+            "variant": cell["variant"],
+            "seed": cell["seed"],
+            **cell["equal_seconds"],
+            "course": course_of(cell),
+        }
         for cell in cells
         if "equal_seconds" in cell
     ]
+
+
+def course_of(cell: Result) -> list[Result]:
+    """Return what a cell had after half of the images, equal seconds and equal images."""
+    budget = cell["equal_seconds"]
+    if not budget["steps"]:
+        return []
+    per_image = budget["seconds"] / budget["images"]
+    points = [budget]
+    if "half" in cell:  # neither merged nor begun as another variant: a course of its own
+        points += [
+            {**part, "seconds": part["images"] * per_image}
+            for part in (cell["half"], {"scores": {}, **cell})
+        ]
+    return sorted(points, key=lambda point: float(point["seconds"]))
 
 
 def load_kernels(cells: Path, results: Sequence[Result]) -> Kernels:
@@ -159,7 +185,7 @@ def of_kernels(groups: Groups, kernels: Kernels, name: str, baseline: str) -> Pa
 def against_seconds(groups: Groups, value: Value, scale: float, label: str) -> Figure:
     """Draw a value of every variant against the seconds of its training.
 
-    Lines begin at the start, if it was measured; bars are the range of the seeds.
+    Lines begin at the start, if it was measured; bands are the range of the seeds.
     """
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -174,13 +200,30 @@ def against_seconds(groups: Groups, value: Value, scale: float, label: str) -> F
         if values.mean() > WORSE * start:
             axes.plot([], [], style, color=color, label=f"{name}: {values.mean():.0f}, not shown")
             continue
-        seconds = float(np.median([cell["seconds"] for cell in cells]))
+        times, rows = courses(cells, value)
+        means = scale * rows.mean(0)
         if origin:
-            axes.plot([0, seconds], [start, values.mean()], style, color=color, linewidth=1)
-        spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
-        axes.errorbar(seconds, values.mean(), spread, fmt="o", color=color, capsize=4, label=name)
+            times, means = np.insert(times, 0, 0), np.insert(means, 0, start)
+        seconds = float(np.median([cell["seconds"] for cell in cells]))
+        end = [int(np.abs(times - seconds).argmin())]
+        axes.plot(times, means, f"{style}o", markevery=end, color=color, linewidth=1, label=name)
+        lows, highs = scale * rows.min(0), scale * rows.max(0)
+        if origin:
+            lows, highs = np.insert(lows, 0, start), np.insert(highs, 0, start)
+        axes.fill_between(times, lows, highs, color=color, alpha=0.2, linewidth=0)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     return figure
+
+
+def courses(cells: Sequence[Result], value: Value) -> tuple[np.ndarray, np.ndarray]:
+    """Return the times (P,) at which all seeds have a value, and the values (S, P)."""
+    rows = [
+        [(float(point["seconds"]), number) for point in cell["course"] if (number := value(point))]
+        for cell in cells
+    ]
+    places = range(min(map(len, rows)))
+    times = [float(np.median([row[place][0] for row in rows])) for place in places]
+    return np.array(times), np.array([[row[place][1] for place in places] for row in rows])
