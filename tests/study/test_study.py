@@ -1,10 +1,12 @@
 """Studies: equal budgets, paired statistics, going on after a stop."""
 
+import fcntl
 import json
 import math
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -368,3 +370,38 @@ def test_kept_features_of_the_reference_are_checked_before_they_are_read(given, 
     np.savez(path, pools=np.zeros((2, 3)))
     with pytest.raises(ValueError, match="must hold features, got pools: remove it"):
         reference_of(config, COLOURS)
+
+
+def test_a_cell_ends_with_its_study_even_if_that_is_killed(tmp_path):
+    """Both processes are real: the cell holds a lock, which is free when it has ended."""
+    (tmp_path / "slow.py").write_text(
+        "import fcntl, time\n"
+        "def cell(config, path, threads):\n"
+        "    with open(path, 'w') as file:\n"
+        "        fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "        print('begun', flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    code = (
+        "import sys, types, slow\n"
+        "from remixdit.study.study import in_a_process\n"
+        "if __name__ == '__main__':\n"
+        "    in_a_process(types.SimpleNamespace(workers=1), slow.cell, sys.argv[1])\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    words = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "lock")]
+    with subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "begun\n"
+        parent.kill()
+    with (tmp_path / "lock").open() as file:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the cell goes on without its study"
+                time.sleep(0.1)

@@ -16,6 +16,7 @@ the missing cells, and a stopped cell with its remaining steps.
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import MISSING, asdict, fields, replace
@@ -170,8 +171,23 @@ def in_a_process(config: StudyConfig, what: Callable[..., None], *args: object) 
     threads = max(1, (os.cpu_count() or 1) // config.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded there
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         pool.submit(what, config, *args, threads).result()
+
+
+def end_with_parent() -> None:
+    """End this process as soon as its parent has ended, killed or not.
+
+    The same study, begun again, would train the same cell beside it.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_results(config: StudyConfig, cells: list[Cell]) -> None:
