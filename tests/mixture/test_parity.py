@@ -6,7 +6,7 @@ import torch
 from remixdit.diffusion.noise import Diffusion
 from remixdit.mixture.coefficients import prior_bases
 from remixdit.training.average import Average
-from remixdit.training.optimizer import OptimizerConfig, adamw, clip, gradients_of_logits
+from remixdit.training.optimizer import OptimizerConfig, clip, gradients_of_logits, optimizer_of
 from tests.tiny import published_remix
 
 
@@ -57,7 +57,7 @@ def test_training_equals_the_published_training(given, settings):
         ema_decay=train["ema_decay"],
         ema_warmup=False,
     )
-    optimizer, average = adamw(experts, config), Average(model.network)
+    optimizer, average = optimizer_of(experts, config), Average(model.network)
     diffusion, losses = Diffusion(), []
     weights = [p for p in model.network.parameters() if p is not experts.logits]
     for step in range(train["steps"]):

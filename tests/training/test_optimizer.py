@@ -8,9 +8,9 @@ from remixdit.training.average import Average, lerp_if
 from remixdit.training.config import MixtureConfig
 from remixdit.training.optimizer import (
     OptimizerConfig,
-    adamw,
     clip,
     gradients_of_logits,
+    optimizer_of,
     set_learning_rates,
     step_if,
 )
@@ -28,7 +28,7 @@ def test_one_basis_is_plain_training_bit_for_bit(mixed, max_grad_norm):
     plain, network = tiny_dit(), tiny_dit()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
     experts = remix(network, 1, 1, mixed=mixed)
-    optimizer = adamw(experts, OptimizerConfig(learning_rate=1e-2, weight_decay=0.1))
+    optimizer = optimizer_of(experts, OptimizerConfig(learning_rate=1e-2, weight_decay=0.1))
     for step in range(5):
         for each in (plain, network):
             torch.autograd.backward(each(*batch(each, seed=step)).square().mean())
@@ -51,7 +51,7 @@ def test_each_group_has_its_learning_rate():
     config = OptimizerConfig(
         learning_rate=1e-3, shared_learning_rate=1e-4, coefficients_learning_rate=1e-2
     )
-    optimizer = adamw(experts, config)
+    optimizer = optimizer_of(experts, config)
     set_learning_rates(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-5, 5e-3]
     named = [len(group["params"]) for group in optimizer.param_groups]
@@ -61,7 +61,7 @@ def test_each_group_has_its_learning_rate():
 
 def test_frozen_coefficients_are_not_trained():
     experts = remix(tiny_dit(), 2, 4, coefficients="one_hot")
-    assert len(adamw(experts, OptimizerConfig()).param_groups) == 2
+    assert len(optimizer_of(experts, OptimizerConfig()).param_groups) == 2
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
@@ -70,7 +70,7 @@ def test_a_skipped_step_changes_no_weight_moment_or_count(max_grad_norm):
     network, reference = tiny_dit(), tiny_dit()
     experts, theirs = (remix(each, 3, 5) for each in (network, reference))
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
-    ours, stock = adamw(experts, config), adamw(theirs, config)
+    ours, stock = optimizer_of(experts, config), optimizer_of(theirs, config)
     for step, factor in enumerate((1.0, float("nan"), 1.0, float("inf"), 1.0)):
         for each, optimizer in ((experts, ours), (theirs, stock)):
             with each.route([0, 1, 2, 3, 4, 4]):
@@ -141,7 +141,7 @@ def test_equal_bases_stay_equal_unless_the_start_breaks_the_symmetry():
     for symmetry, apart in ((0.0, False), (2.0, True)):
         network = tiny_dit()
         experts = remix(network, 2, 4, symmetry=symmetry)
-        optimizer = adamw(experts, OptimizerConfig(learning_rate=1e-2))
+        optimizer = optimizer_of(experts, OptimizerConfig(learning_rate=1e-2))
         for step in range(4):
             with experts.route([0, 1, 2, 3, 3, 3]):
                 output = network(*batch(network, seed=step))

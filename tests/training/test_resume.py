@@ -54,6 +54,7 @@ def test_extended_run_equals_unbroken_run(data, unbroken, tmp_path):
         "--coefficients raw --per-block --micro-batch-size 5",
         "--prediction-type flow_prediction --logit-normal --mirror --warmup-steps 5",
         "--precision bf16 --mixed all",
+        "--algorithm muon --weight-decay 0.1",
     ],
 )
 def test_every_kind_of_run_resumes_exactly(options, data, tmp_path):

@@ -38,6 +38,8 @@ class StudyConfig:
     """Learning rate of bases and shared parameters, unless a variant has its own."""
     lr_schedule: str = "constant"
     """Schedule of the learning rates: constant or cosine; half-way losses need constant."""
+    algorithm: str = "adamw"
+    """Optimizer, adamw or muon, unless a variant has its own."""
     beta2: float = 0.999
     """Decay rate of the second moment."""
     ema_decay: float = 0.998

@@ -159,6 +159,7 @@ def common_run(config: StudyConfig, cell: Cell, start: RemixDiT) -> TrainConfig:
             prediction_type=start.config.prediction_type, mirror=config.mirror
         ),
         optimizer=OptimizerConfig(
+            algorithm=config.algorithm,
             learning_rate=config.learning_rate,
             lr_schedule=config.lr_schedule,
             betas=(0.9, config.beta2),

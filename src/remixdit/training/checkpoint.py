@@ -233,7 +233,7 @@ def restore_moments(
         if weights[key] in optimizer.state:
             found = optimizer.state[weights[key]]
             found["step"].fill_(step)
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in found.keys() - {"step"}:
                 targets[f"{kind}.{moment_name(name)}"] = found[kind]
     for name, values in tensors_in(path, set(targets)):
         # The first version of this format gave shared parameters a dimension of 1.

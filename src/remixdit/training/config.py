@@ -286,8 +286,7 @@ class TrainConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         check_image_size(self.image_size)
-        if self.shard_size < 0 or (self.shard_size and not self.shard):
-            raise ValueError(f"shard_size must be 0 without shard, got {self.shard_size}")
+        self._check_shard()
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
         if self.objective.timestep_strata > 1 and self.mixture.num_experts > 1:
@@ -305,6 +304,16 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size must be at least one image for each of {self.strata_per_step} "
                 f"intervals a step, got {self.batch_size}"
+            )
+
+    def _check_shard(self) -> None:
+        """Refuse settings of sharding that do not fit together."""
+        if self.shard_size < 0 or (self.shard_size and not self.shard):
+            raise ValueError(f"shard_size must be 0 without shard, got {self.shard_size}")
+        if self.shard and self.optimizer.algorithm == "muon":
+            raise ValueError(
+                "algorithm must be adamw with --shard, which leaves no process a whole matrix, "
+                "got muon"
             )
 
     def _check_rank(self) -> None:

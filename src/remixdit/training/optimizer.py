@@ -1,4 +1,4 @@
-"""torch's AdamW over three groups of parameters, its schedule, and clipping.
+"""AdamW, or Muon beside it, over three groups of parameters, its schedule, and clipping.
 
     bases (K, *)    learning_rate              weight_decay
     shared (*)      shared_learning_rate       weight_decay
@@ -18,12 +18,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from remixdit.distributed.parallel import local, sharded_like, whole
 from remixdit.mixture.experts import Experts
+from remixdit.mixture.names import matches, patterns_of
+from remixdit.training.muon import MuonAdamW, is_matrix
 
 __all__ = [
     "OptimizerConfig",
-    "adamw",
     "clip",
     "gradients_of_logits",
+    "optimizer_of",
     "set_learning_rates",
     "step_if",
 ]
@@ -31,8 +33,10 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its learning rates, clipping, and the average of the weights."""
+    """AdamW or Muon, its learning rates, clipping, and the average of the weights."""
 
+    algorithm: str = "adamw"
+    """Optimizer: adamw, or muon for the matrices of attention and MLP and adamw for the rest."""
     learning_rate: float = 1e-4
     """Learning rate of the bases, after the warm-up."""
     shared_learning_rate: float | None = None
@@ -70,6 +74,8 @@ class OptimizerConfig:
                 raise ValueError(f"betas must be in [0, 1), got {beta}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.algorithm not in ("adamw", "muon"):
+            raise ValueError(f"algorithm must be adamw or muon, got {self.algorithm!r}")
         if self.lr_schedule not in ("constant", "cosine"):
             raise ValueError(f"lr_schedule must be constant or cosine, got {self.lr_schedule!r}")
 
@@ -87,12 +93,15 @@ class OptimizerConfig:
         return 1 - min(self.ema_decay, warmed)
 
 
-def adamw(experts: Experts, config: OptimizerConfig) -> torch.optim.AdamW:
+def optimizer_of(
+    experts: Experts, config: OptimizerConfig, precision: torch.dtype = torch.float32
+) -> torch.optim.AdamW:
     """Return the optimizer of a remixed network, with moments of zero.
 
     Args:
         experts: Experts of the network, whose parameters may be sharded.
-        config: Learning rates and decay rates.
+        config: Algorithm, learning rates and decay rates.
+        precision: Precision of the iteration by which Muon makes matrices orthogonal.
     """
     bases = list(experts.bases().values())
     mixed = {id(parameter) for parameter in bases}
@@ -113,20 +122,33 @@ def adamw(experts: Experts, config: OptimizerConfig) -> torch.optim.AdamW:
         groups.append({"params": [experts.logits], "lr": rate, "weight_decay": 0.0})
     for group in groups:
         group["initial_lr"] = group["lr"]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
+    matrices = matrices_of(experts.network) if config.algorithm == "muon" else {}
+    if matrices:
+        optimizer: torch.optim.AdamW = MuonAdamW(groups, matrices, precision, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, **options)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
+            state = {
                 "step": torch.zeros((), device=local(parameter).device),
                 "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
             }
+            if parameter not in matrices:
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            optimizer.state[parameter] = state
     return optimizer
+
+
+def matrices_of(network: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the weights of attention and MLP, mixed or not, with their names."""
+    patterns = patterns_of("attention+mlp")
+    return {
+        parameter: name
+        for name, parameter in network.named_parameters()
+        if matches(name, patterns) and is_matrix(name, parameter)
+    }
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -21,9 +21,9 @@ from remixdit.training import checkpoint
 from remixdit.training.average import Average
 from remixdit.training.config import PRECISIONS, TrainConfig
 from remixdit.training.optimizer import (
-    adamw,
     clip,
     gradients_of_logits,
+    optimizer_of,
     set_learning_rates,
     step_if,
 )
@@ -62,7 +62,8 @@ class Training:
             compile_blocks(self.model.network)
         if ranks.num_ranks > 1 and not config.shard:
             self.network = replicate(self.model.network, self.device)
-        self.optimizer = adamw(self.model.experts, config.optimizer)
+        precision = PRECISIONS[config.precision]
+        self.optimizer = optimizer_of(self.model.experts, config.optimizer, precision)
         self.average = Average(self.model.network)
         self.strata = training_strata(self.model.config, config)
         only = config.objective.only_interval()

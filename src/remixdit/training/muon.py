@@ -1,0 +1,121 @@
+"""Muon beside AdamW: matrices move by the orthogonalised momentum of their gradients.
+
+    momentum  = lerp(gradient, momentum, 0.95)
+    direction = lerp(gradient, momentum, 0.95)
+    weight   -= lr 0.2 sqrt(max(O, I)) orthogonal(direction)
+
+where orthogonal(U S V^T) = U V^T, by five steps of Newton-Schulz (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon). The factor gives an update the size that AdamW's usually
+has, so learning rates carry over (arXiv:2502.16982).
+
+`torch.optim.Muon` does the same for parameters of two dimensions. Here each of K bases (K, O, I) is
+a matrix, a fused qkv weight is three, and equal shapes of all layers run as one batch. All other
+parameters, and the biases, are AdamW's.
+
+Shapes: K bases, O out, I in, n matrices of equal shape.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MuonAdamW", "is_matrix", "orthogonal"]
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's
+NUM_ITERATIONS = 5
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, or bases of one, that Muon moves, by its name."""
+    return name.endswith(".weight") and parameter.dim() >= 2
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, but for some matrices, which Muon moves.
+
+    Args:
+        groups: Groups of parameters, as AdamW takes them.
+        matrices: Names of the parameters (K, O, I) or (O, I) that Muon moves.
+        dtype: Precision of the iteration.
+        **options: Options of AdamW.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        matrices: dict[nn.Parameter, str],
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups, **options)
+        self.dtype = dtype
+        self.shapes: dict[tuple[int, int], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in matrices:
+                    *_, rows, columns = parameter.shape
+                    fused = 3 if "qkv" in matrices[parameter] and rows == 3 * columns else 1
+                    shape = (rows // fused, columns)
+                    self.shapes.setdefault(shape, []).append((parameter, group))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move the matrices by Muon, unless the step is skipped, and the rest by AdamW."""
+        skipped = getattr(self, "found_inf", None)
+        for shape, members in self.shapes.items():
+            self._move(shape, members, skipped)
+        super().step(closure)
+
+    def _move(
+        self,
+        shape: tuple[int, int],
+        members: list[tuple[nn.Parameter, dict[str, Any]]],
+        skipped: Tensor | None,
+    ) -> None:
+        """Move the parameters whose matrices are of one shape.
+
+        Args:
+            shape: (O, I) of a matrix.
+            members: Parameters with their groups.
+            skipped: 1 if the step is left out, on the device, else 0; None for 0.
+        """
+        members = [(parameter, group) for parameter, group in members if parameter.grad is not None]
+        directions = []
+        for parameter, _ in members:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            if skipped is not None:  # not multiplied by 0, which leaves NaN as it is
+                gradient = torch.where(skipped == 0, gradient, state["exp_avg"])
+            state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
+            directions.append(gradient.lerp(state["exp_avg"], MOMENTUM).view(-1, *shape))
+            parameter.grad = None  # AdamW leaves it alone
+        if not members:
+            return
+        moves = orthogonal(torch.cat(directions), self.dtype)
+        taken = 1.0 if skipped is None else 1 - skipped
+        parts = torch.split(moves, [len(part) for part in directions])
+        for (parameter, group), move in zip(members, parts, strict=True):
+            state, rate = self.state[parameter], group["lr"]
+            state["step"] += taken
+            parameter.mul_(1 - rate * group["weight_decay"] * taken)
+            size = rate * 0.2 * max(shape) ** 0.5
+            parameter.sub_(move.view(parameter.shape).to(parameter.dtype) * (size * taken))
+
+
+def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the nearest semi-orthogonal matrices, about: singular values of 0.7 to 1.2.
+
+    Args:
+        matrices: (n, O, I).
+        dtype: Precision of the iteration, and of the result.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    found = (matrices.mT if is_tall else matrices).to(dtype)
+    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(NUM_ITERATIONS):
+        square = found @ found.mT
+        found = a * found + (b * square + c * square @ square) @ found
+    return found.mT if is_tall else found
