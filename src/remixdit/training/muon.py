@@ -116,6 +116,7 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     found = (matrices.mT if is_tall else matrices).to(dtype)
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NUM_ITERATIONS):
-        square = found @ found.mT
-        found = a * found + (b * square + c * square @ square) @ found
+        square = torch.bmm(found, found.mT)
+        square = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        found = torch.baddbmm(found, square, found, beta=a)
     return found.mT if is_tall else found
