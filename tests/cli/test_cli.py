@@ -278,6 +278,10 @@ def test_strips_stand_beside_the_samples_and_are_replaced_on_request_only(run, t
             '["cat", "dog", "elk"]), got \'cow\'',
         ),
         ("--scheduler euler", "scheduler must be one of ddpm, ddim, dpm++ for epsilon, got euler"),
+        (
+            "--thresholding clip",
+            "thresholding must be one of none, static, dynamic, got 'clip'",
+        ),
         ("--num-images 0", "num_images must be at least 1, got 0"),
         ("--num-inference-steps 1001", "num_inference_steps must be at most 1000, got 1001"),
         ("--precision fp16", "precision must be fp32 or bf16, got 'fp16'"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from remixdit.cli.evaluation_text import images_text
 from remixdit.cli.main import main
 from remixdit.data import open_source
 from remixdit.evaluation import images as image_evaluation
@@ -80,7 +81,7 @@ def test_files_are_scored_as_the_library_scores_them(data, capsys):
 @pytest.mark.usefixtures("quick")
 def test_samples_are_scored_as_their_files_are(model, data, tmp_path, capsys):
     """On the fly, from an npz and from a folder of PNGs: the same images, the same scores."""
-    draw = f"{FAST} --guidance-scale 2 --seed 3"
+    draw = f"{FAST} --guidance-scale 2 --thresholding static --seed 3"
     where = f"--reference {data}/real.npz"
     result = json_result(f"evaluate {model} {where} {draw}", capsys)
     remixdit(f"sample {model} {draw} --output {tmp_path}/s.npz")
@@ -97,7 +98,8 @@ def test_samples_are_scored_as_their_files_are(model, data, tmp_path, capsys):
     assert cost["step_flops_per_image"] == 2 * cost["forward_flops_per_image"]  # guided
     drawn = result["evaluated"]["sampling"]
     assert (drawn["scheduler"], drawn["num_inference_steps"], drawn["seed"]) == ("ddpm", 3, 3)
-    assert drawn["guidance_interval"] == [0, 1]
+    assert (drawn["guidance_interval"], drawn["thresholding"]) == ([0, 1], "static")
+    assert "guidance 2 on [0, 1], static thresholding, seed 3" in images_text(other)
     assert drawn["labels"] == "balanced: image i takes label i mod 3, all classes in turn"
     assert (drawn["precision"], drawn["ema"]) == ("fp32", True)
 

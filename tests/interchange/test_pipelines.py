@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,29 @@ def test_schedulers_of_the_same_process_end_in_the_same_image():
         error = float((found - expected).abs().mean() / expected.abs().mean())
         # Euler's steps are those of DDIM; higher orders meet them as steps get short.
         assert error < (1e-3 if name == "EulerDiscreteScheduler" else 0.05), name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "changes"),
+    [
+        ("ddim", "static", {"clip_sample": True}),
+        ("ddim", "dynamic", {"thresholding": True, "sample_max_value": 1e6}),
+        ("dpm++", "static", {"thresholding": True, "sample_max_value": 1.0}),
+        ("dpm++", "dynamic", {"thresholding": True, "sample_max_value": 1e6}),
+    ],
+)
+def test_a_scheduler_that_clips_draws_our_thresholded_images(name, kind, changes):
+    model = remixed()
+    pipe = tiny_pipeline(model)
+    scheduler = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}[name]
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **changes)
+    fields = {"num_images": 2, "num_inference_steps": 8, "scheduler": name}
+    config = SamplingConfig(**fields, thresholding=kind)
+    ours = sample_latents(model, config, range(2))
+    free = sample_latents(model, replace(config, thresholding="none"), range(2))
+    assert not torch.allclose(ours, free, atol=0.01)
+    found = latents_of(pipe, latents=torch.from_numpy(noise_of(model, config)))
+    torch.testing.assert_close(found, ours, rtol=1e-3, atol=1e-4)
 
 
 def test_blocks_are_captured_whole_by_the_compiler():

@@ -50,9 +50,11 @@ def conditions(result: Facts) -> Iterator[str]:
         yield "drawn        not known"
     else:
         low, high = drawn["guidance_interval"]
+        kind = drawn.get("thresholding", "none")  # samples of earlier versions do not say it
+        clips = "" if kind == "none" else f", {kind} thresholding"
         yield (
             f"drawn        {drawn['scheduler']}, {drawn['num_inference_steps']} steps, guidance "
-            f"{drawn['guidance_scale']:g} on [{low:g}, {high:g}], seed {drawn['seed']}"
+            f"{drawn['guidance_scale']:g} on [{low:g}, {high:g}]{clips}, seed {drawn['seed']}"
             + (f", {drawn['precision']}" if "precision" in drawn else "")
         )
         if "labels" in drawn:

@@ -129,6 +129,11 @@ class Diffusion:
             return (noisy_latents - scale * prediction) / signal
         return signal * noisy_latents - scale * prediction
 
+    def pred_noise(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return (B, C, H, W), the noise between clean and noisy latents."""
+        signal, scale = self._at("signal", timesteps), self._at("noise", timesteps)
+        return (noisy_latents - signal * latents) / scale
+
     def loss(self, model_output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Loss:
         """Return the loss of each image.
 
@@ -260,6 +265,11 @@ class Flow:
     def pred_latents(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return (B, C, H, W), the clean latents that a predicted velocity implies."""
         return noisy_latents - timesteps.view(-1, 1, 1, 1) * prediction
+
+    def pred_noise(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return (B, C, H, W), the noise between clean and noisy latents; timesteps above 0."""
+        share = timesteps.view(-1, 1, 1, 1)
+        return (noisy_latents - (1 - share) * latents) / share
 
     def loss(self, model_output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Loss:
         """Return the loss of each image; shapes as `Diffusion.loss`, timesteps in [0, 1]."""

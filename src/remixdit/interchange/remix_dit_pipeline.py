@@ -291,7 +291,7 @@ class RemixDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents = self._noise(len(labels), generator, latents) * getattr(
             scheduler, "init_noise_sigma", 1.0
         )
-        extra = {"generator": generator} if takes(scheduler.step, "generator") else {}
+        extra = step_options(scheduler, generator)
         with self.progress_bar(total=len(timesteps)) as bar:
             for number, (time, index) in enumerate(
                 zip(timesteps, scheduler.timesteps, strict=True)
@@ -436,6 +436,15 @@ class RemixDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
         arrays = ((rows + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
         return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+
+
+def step_options(scheduler: Any, generator: Any) -> dict[str, Any]:
+    """Return the options of a step: DDIM recomputes epsilon from an image that it clips."""
+    options = {"generator": generator} if takes(scheduler.step, "generator") else {}
+    clips = scheduler.config.get("clip_sample") or scheduler.config.get("thresholding")
+    if clips and takes(scheduler.step, "use_clipped_model_output"):
+        options["use_clipped_model_output"] = True
+    return options
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

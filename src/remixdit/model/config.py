@@ -104,9 +104,14 @@ class RemixConfig:
         return self.prediction_type == "flow_prediction"
 
     @property
+    def is_of_pixels(self) -> bool:
+        """Whether latents are pixels; more channels have an autoencoder, even if not stated."""
+        return self.autoencoder["name"] == "none" and self.network.in_channels in (1, 3)
+
+    @property
     def draws_images(self) -> bool:
         """Whether the model draws pixels, or says which autoencoder makes pixels of its latents."""
-        return self.autoencoder["name"] != "none" or self.network.in_channels in (1, 3)
+        return self.autoencoder["name"] != "none" or self.is_of_pixels
 
     def intervals(self) -> Intervals:
         """Return the intervals of timesteps that the experts own."""

@@ -4,6 +4,7 @@ A trajectory visits S of the T timesteps, evenly spaced, from noise to data. A s
 respaced process (its betas, S of them), so that its index i stands for our timestep t[i]:
 
     output = network(latents, t[i], class_labels)    the expert of t[i], mixed when it changes
+    output = thresholded(output)                     if asked for, in pixel space
     latents = scheduler(output, i, latents)
 
 DDPM is ours, because of the learned variance; DDIM, DPM-Solver++ and Euler are diffusers'.
@@ -25,6 +26,7 @@ from torch import Tensor
 from remixdit.data.autoencoder import Autoencoder
 from remixdit.diffusion.noise import Diffusion
 from remixdit.model.model import RemixDiT
+from remixdit.sampling.thresholding import THRESHOLDINGS, thresholded
 from remixdit.seeds import generator_for
 
 __all__ = [
@@ -58,6 +60,9 @@ class SamplingConfig:
     """Sampler: ddpm, ddim, dpm++, euler (flow matching only) or auto (ddpm or euler)."""
     num_inference_steps: int = 250
     """Number of sampling steps, S."""
+    thresholding: str = "none"
+    """Clipping of the image predicted at each step, in pixel space only: none, static or dynamic.
+    static clips to [-1, 1], as DDPM and ADM do; dynamic is that of Imagen (arXiv:2205.11487)."""
     batch_size: int = 64
     """Number of images in one forward pass. It does not change the images."""
     seed: int = 0
@@ -76,6 +81,10 @@ class SamplingConfig:
             raise ValueError(
                 f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}"
             )
+        if self.thresholding not in THRESHOLDINGS:
+            raise ValueError(
+                f"thresholding must be one of {', '.join(THRESHOLDINGS)}, got {self.thresholding!r}"
+            )
         if self.guidance_channels < 0:
             raise ValueError(f"guidance_channels must be at least 0, got {self.guidance_channels}")
         start, stop = self.guidance_interval
@@ -83,7 +92,12 @@ class SamplingConfig:
             raise ValueError(f"guidance_interval must rise within [0, 1], got {start}, {stop}")
 
     def resolved_scheduler(self, model: RemixDiT) -> str:
-        """Return the scheduler's name, after checking that it fits the model."""
+        """Return the scheduler's name, if it and the thresholding fit the model."""
+        if self.thresholding != "none" and not model.config.is_of_pixels:
+            raise ValueError(
+                "thresholding must be none for a model of latents, which have no range as pixels "
+                f"have, got {self.thresholding}"
+            )
         fitting = ("euler",) if model.config.is_flow else ("ddpm", "ddim", "dpm++")
         if self.scheduler == "auto":
             return fitting[0]
@@ -103,7 +117,9 @@ class SamplingConfig:
         scale = self.guidance_scale
         guidance = f"guidance {scale:g}" if scale > 1 else "no guidance"
         scheduler = self.resolved_scheduler(model)
-        return f"{self.num_inference_steps} steps of {scheduler}, {guidance}, seed {self.seed}"
+        clips = "" if self.thresholding == "none" else f", {self.thresholding} thresholding"
+        steps = f"{self.num_inference_steps} steps of {scheduler}"
+        return f"{steps}, {guidance}{clips}, seed {self.seed}"
 
 
 class Samples(NamedTuple):
@@ -136,7 +152,7 @@ class DenoisingStep(NamedTuple):
     latents: Tensor
     """(B, C, H, W) latents after the step."""
     pred_latents: Tensor
-    """(B, C, H, W) clean latents that the network's output implies."""
+    """(B, C, H, W) clean latents that the network's output implies, clipped by a thresholding."""
 
 
 def sample(
@@ -184,9 +200,12 @@ def denoising_steps(
         zip(trajectory.timesteps.tolist(), experts, strict=True)
     ):
         output = guided_output(model, config, expert, latents, timestep, labels)
-        prediction = output[:, : latents.shape[1]]  # without variance channels
+        prediction, variance = output[:, : shape[0]], output[:, shape[0] :]
         times = torch.full((len(latents),), timestep, device=device)
-        pred_latents = model.process.pred_latents(prediction, latents, times)
+        prediction, pred_latents = thresholded(
+            config.thresholding, model.process, prediction, latents, times
+        )
+        output = torch.cat([prediction, variance], dim=1)
         latents = trajectory.step(output, number, latents, generators)
         yield DenoisingStep(timestep, expert, latents, pred_latents)
 
