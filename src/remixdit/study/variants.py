@@ -77,8 +77,9 @@ VARIANTS = {
         stratified=True,
     ),
     "stratified-log-snr": Variant(
-        "the plain DiT, trained further, stratified over intervals of equal width in log-SNR",
+        "the plain DiT, trained further with adamw, stratified over equal widths in log-SNR",
         PLAIN | {"intervals": "log_snr"},
+        {"algorithm": "adamw"},
         stratified=True,
     ),
     "stratified-long": Variant(
