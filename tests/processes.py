@@ -25,6 +25,7 @@ RUNS = {
     "plain": "--num-bases 1 --num-experts 1 --timestep-strata 4",
     "one-hot": "--coefficients one_hot",
     "raw": "--coefficients raw --max-grad-norm 0.1",
+    "muon": "--algorithm muon",
 }
 
 

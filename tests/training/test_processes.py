@@ -51,7 +51,7 @@ def assert_processes_change_nothing(line: str, num_processes: int, directory: Pa
     assert_close_runs(directory / "one", directory / "several")
 
 
-@pytest.mark.parametrize("name", ["one expert a step", "plain"])
+@pytest.mark.parametrize("name", ["one expert a step", "plain", "muon"])
 def test_two_processes_train_as_one_does(name, train, tmp_path):
     assert_processes_change_nothing(f"{train} {RUNS[name]}", 2, tmp_path)
 

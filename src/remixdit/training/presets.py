@@ -136,7 +136,9 @@ PRESETS = {
         {
             "network": SMALL,
             "objective": ObjectiveConfig(mirror=True),
-            "optimizer": OptimizerConfig(learning_rate=32e-4, warmup_steps=100, ema_decay=0.995),
+            "optimizer": OptimizerConfig(
+                algorithm="muon", learning_rate=64e-4, warmup_steps=100, ema_decay=0.995
+            ),
             "output": PICTURES,
             "steps": 1200,
             "batch_size": 240,  # a multiple of the 20 experts
