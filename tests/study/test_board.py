@@ -136,6 +136,7 @@ def test_a_leaderboard_trains_every_kind_of_variant_for_equal_seconds(given, tmp
     header = (config.output_dir / "board.md").read_text().splitlines()[0]
     assert "% of stratified" in header
     assert "least noisy quarter, %" in header
+    assert (config.output_dir / "board.png").read_bytes().startswith(b"\x89PNG")
     assert "At equal time" in (config.output_dir / "report.html").read_text()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from remixdit.figures import plots
@@ -19,7 +20,7 @@ from remixdit.figures.html import Block, Heading, Picture, Table
 from remixdit.study.paired import Paired, as_text, mean_of, paired, paired_kernels
 from remixdit.study.variants import START
 
-__all__ = ["at_equal_time", "board", "board_table", "load_kernels"]
+__all__ = ["at_equal_time", "board", "board_figure", "board_table", "load_kernels"]
 
 Result = dict[str, Any]
 Value = Callable[[dict[str, Any]], float | None]
@@ -92,30 +93,22 @@ def load_kernels(cells: Path, results: Sequence[Result]) -> Kernels:
 
 
 def board(groups: Groups, baseline: str, kernels: Kernels) -> list[Block]:
-    """Return table and figures of the cells at equal time.
+    """Return table and figure of the cells at equal time.
 
     Args:
         groups: Cells of each variant, as `at_equal_time` gives them.
         baseline: Variant that the others are held against.
         kernels: Shifts of the kernel distance of each cell.
     """
-    blocks: list[Block] = [Heading("At equal time"), board_table(groups, baseline, kernels)]
-    blocks.append(
+    return [
+        Heading("At equal time"),
+        board_table(groups, baseline, kernels),
         Picture(
-            against_seconds(groups, loss_of, 1e5, "validation loss x 1e5"),
+            board_figure(groups),
             NOTE,
-            "Validation loss of every variant against the seconds of its training",
-        )
-    )
-    if kernels:
-        blocks.append(
-            Picture(
-                against_seconds(groups, kid_of, 1e3, "KID x 1e3"),
-                NOTE,
-                "KID of every variant against the seconds of its training",
-            )
-        )
-    return blocks
+            "Loss, and KID if samples were drawn, of every variant against the seconds of training",
+        ),
+    ]
 
 
 def board_table(groups: Groups, baseline: str, kernels: Kernels) -> Table:
@@ -182,13 +175,29 @@ def of_kernels(groups: Groups, kernels: Kernels, name: str, baseline: str) -> Pa
     return paired_kernels(ours, shifts(name), theirs, shifts(baseline))
 
 
-def against_seconds(groups: Groups, value: Value, scale: float, label: str) -> Figure:
-    """Draw a value of every variant against the seconds of its training.
+def board_figure(groups: Groups) -> Figure:
+    """Draw loss, and KID if there is any, of every variant against the seconds of its training.
 
     Lines begin at the start, if it was measured; bands are the range of the seeds.
     """
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    panels: list[tuple[Value, float, str]] = [(loss_of, 1e5, "validation loss x 1e5")]
+    if any(kid_of(cell) is not None for cells in groups.values() for cell in cells):
+        panels.append((kid_of, 1e3, "KID x 1e3"))
+    figure = Figure(figsize=(4.5 * len(panels) + 2, 4), dpi=150, layout="constrained")
+    for axes, (value, scale, label) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        against_seconds(axes, groups, value, scale)
+        axes.set_xlabel("seconds of training")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    return figure
+
+
+def against_seconds(axes: Axes, groups: Groups, value: Value, scale: float) -> None:
+    """Draw a value of every variant, times a scale, against the seconds of its training."""
     origin = by_seed(groups.get(START, ()), value)
     start = scale * float(np.mean(list(origin.values()))) if origin else np.inf
     for number, (name, cells) in enumerate(groups.items()):
@@ -201,21 +210,14 @@ def against_seconds(groups: Groups, value: Value, scale: float, label: str) -> F
             axes.plot([], [], style, color=color, label=f"{name}: {values.mean():.0f}, not shown")
             continue
         times, rows = courses(cells, value)
-        means = scale * rows.mean(0)
+        curves = scale * np.stack([rows.mean(0), rows.min(0), rows.max(0)])
         if origin:
-            times, means = np.insert(times, 0, 0), np.insert(means, 0, start)
+            times, curves = np.insert(times, 0, 0), np.insert(curves, 0, start, axis=1)
         seconds = float(np.median([cell["seconds"] for cell in cells]))
         end = [int(np.abs(times - seconds).argmin())]
-        axes.plot(times, means, f"{style}o", markevery=end, color=color, linewidth=1, label=name)
-        lows, highs = scale * rows.min(0), scale * rows.max(0)
-        if origin:
-            lows, highs = np.insert(lows, 0, start), np.insert(highs, 0, start)
-        axes.fill_between(times, lows, highs, color=color, alpha=0.2, linewidth=0)
-    axes.set_xlabel("seconds of training")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    return figure
+        mean, low, high = curves
+        axes.plot(times, mean, f"{style}o", markevery=end, color=color, linewidth=1, label=name)
+        axes.fill_between(times, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def courses(cells: Sequence[Result], value: Value) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """The results of a study: means over seeds, paired differences, tables and figures.
 
     results.json    all results, one entry for each cell
-    table.md        the table, for a document; board.md, that of equal time
+    table.md        the table, for a document; board.md, that of equal time, and board.png
     samples.png     the same noise through every variant
     report.html     table, figures and settings in one file
 
@@ -25,7 +25,13 @@ from remixdit.figures import plots
 from remixdit.figures.axes import new_figure
 from remixdit.figures.html import Block, Heading, Picture, Table, Text, write_report
 from remixdit.files import write_file
-from remixdit.study.board import at_equal_time, board, board_table, load_kernels
+from remixdit.study.board import (
+    at_equal_time,
+    board,
+    board_figure,
+    board_table,
+    load_kernels,
+)
 from remixdit.study.paired import Paired, as_text, mean_of, paired
 from remixdit.study.pictures import samples_of_variants
 
@@ -75,7 +81,7 @@ def write_study(
 
 
 def equal_time(directory: Path, results: Sequence[Result]) -> list[Block]:
-    """Write board.md, and return the leaderboard at equal time; nothing for a budget of images."""
+    """Write board.md and board.png, and return both; nothing for a budget of images."""
     groups = by_variant(at_equal_time(results))
     baseline = next(iter(those_of(PREFERRED, groups)), "")
     if not baseline:
@@ -83,6 +89,7 @@ def equal_time(directory: Path, results: Sequence[Result]) -> list[Block]:
     kernels = load_kernels(directory / "cells", results)
     lines = markdown(board_table(groups, baseline, kernels))
     write_file(directory / "board.md", lambda beside: beside.write_text(lines, "utf-8"))
+    write_file(directory / "board.png", partial(board_figure(groups).savefig, format="png"))
     return [*board(groups, baseline, kernels), Heading("From equal images")]
 
 
