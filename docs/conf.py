@@ -10,7 +10,7 @@ project = "remixdit"
 author = copyright = "The remixdit authors"
 version = release = remixdit.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "README.md"]  # index.rst includes the latter
+exclude_patterns = ["_build", "README.md", "results/*/*/start"]  # index.rst includes the README
 highlight_language = "text"
 html_theme = "furo"
 html_title = "remixdit"
