@@ -354,7 +354,7 @@ def test_plot_draws_a_plain_run_with_strata(tmp_path):
     from remixdit.model.describe import describe
 
     boundaries = logged_boundaries(tmp_path / "run", describe(tmp_path / "run"))
-    assert boundaries == [0, 31, 303, 722, 1000]  # those that timesteps were spread over
+    assert boundaries == [0, 49, 154, 347, 1000]  # those that timesteps were spread over
 
 
 def test_plot_of_no_run_is_refused(tmp_path, capsys):
@@ -369,7 +369,7 @@ def test_info_is_for_people_and_for_programs(run, capsys):
     remixdit(f"info {run}/checkpoints/step-00000010 --json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["step"] == 10
-    assert facts["boundaries"] == [0, 31, 303, 722, 1000]  # of equal width in log-SNR
+    assert facts["boundaries"] == [0, 49, 154, 347, 1000]  # of equal parts of the gradient
     assert facts["class_names"] == ["cat", "dog", "elk"]
     np.testing.assert_allclose(np.sum(facts["coefficients"], axis=1), 1, rtol=1e-6)
 

@@ -208,7 +208,7 @@ def test_a_plain_run_is_measured_on_its_strata(tmp_path, capsys):
     remixdit(f"train tiny --data {data} --output-dir {tmp_path}/run --steps 1 {options}")
     line = f"losses {tmp_path}/run --data {data}"
     result = json_result(f"{line} --output {tmp_path}/out", capsys)
-    assert [row["to"] for row in result["intervals"]] == [31, 303, 722, 1000]
+    assert [row["to"] for row in result["intervals"]] == [49, 154, 347, 1000]
     assert files_below(tmp_path / "out") == FILES - {"loss-matrix.png"}
     assert len(json_result(f"{line} --num-intervals 3", capsys)["intervals"]) == 3
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from remixdit.mixture.remix import remix
-from remixdit.training.config import TrainConfig
+from remixdit.training.config import MixtureConfig, TrainConfig
 from remixdit.training.muon import MuonAdamW, orthogonal
 from remixdit.training.optimizer import OptimizerConfig, optimizer_of, step_if
 from tests.tiny import batch, tiny_dit
@@ -113,8 +114,41 @@ def test_a_skipped_step_changes_nothing():
         assert (all(same) and unchanged) is (factor != 1.0)
 
 
-def test_muon_without_whole_matrices_and_an_unknown_algorithm_are_refused():
-    with pytest.raises(ValueError, match="algorithm must be adamw with --shard"):
-        TrainConfig(data="", output_dir=Path(), shard=True, optimizer=MUON)
+class Attention(nn.Module):
+    """A network whose attention has vectors and kernels beside its matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        attention = nn.Module()
+        attention.to_q = nn.Linear(8, 8)
+        attention.norm_q = nn.LayerNorm(8)
+        attention.conv = nn.Conv2d(8, 8, 1)
+        self.blocks[0].attn = attention
+
+
+@pytest.mark.parametrize("num_bases", [1, 3])
+def test_vectors_and_kernels_of_attention_are_adamws(num_bases):
+    network = Attention()
+    optimizer = optimizer_of(remix(network, num_bases, 4), MUON)
+    assert list(optimizer.shapes) == [(8, 8)]
+    (member,) = optimizer.shapes[8, 8]
+    assert member[0] is network.blocks[0].attn.to_q.weight
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard": True}, "algorithm must be adamw with --shard"),
+        ({"init_from": "a", "mixture": MixtureConfig(rank=4)}, "adamw with --rank"),
+        ({"init_from": "a", "train": "coefficients"}, "adamw with --train coefficients"),
+    ],
+)
+def test_muon_without_matrices_to_train_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(data="", output_dir=Path(), optimizer=MUON, **options)
+
+
+def test_an_unknown_algorithm_is_refused():
     with pytest.raises(ValueError, match="algorithm must be adamw or muon, got 'sgd'"):
         OptimizerConfig(algorithm="sgd")

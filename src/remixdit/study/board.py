@@ -209,7 +209,7 @@ def against_seconds(axes: Axes, groups: Groups, value: Value, scale: float) -> N
         if values.mean() > WORSE * start:
             axes.plot([], [], style, color=color, label=f"{name}: {values.mean():.0f}, not shown")
             continue
-        times, rows = courses(cells, value)
+        times, rows = courses([c for c in cells if value(c) is not None], value)
         curves = scale * np.stack([rows.mean(0), rows.min(0), rows.max(0)])
         if origin:
             times, curves = np.insert(times, 0, 0), np.insert(curves, 0, start, axis=1)
@@ -223,7 +223,11 @@ def against_seconds(axes: Axes, groups: Groups, value: Value, scale: float) -> N
 def courses(cells: Sequence[Result], value: Value) -> tuple[np.ndarray, np.ndarray]:
     """Return the times (P,) at which all seeds have a value, and the values (S, P)."""
     rows = [
-        [(float(point["seconds"]), number) for point in cell["course"] if (number := value(point))]
+        [
+            (float(point["seconds"]), number)
+            for point in cell["course"]
+            if (number := value(point)) is not None
+        ]
         for cell in cells
     ]
     places = range(min(map(len, rows)))

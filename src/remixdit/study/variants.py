@@ -291,11 +291,14 @@ def run_config(variant: Variant, common: TrainConfig) -> TrainConfig:
     objective = common.objective
     if variant.stratified:
         objective = replace(objective, timestep_strata=strata_of(common.mixture, common.batch_size))
+    optimizer = replace(common.optimizer, learning_rate=rate, **dict(variant.optimizer))
+    if mixture.rank or variant.learns_coefficients:  # no matrices that Muon could move
+        optimizer = replace(optimizer, algorithm="adamw")
     return replace(
         common,
         mixture=mixture,
         objective=objective,
-        optimizer=replace(common.optimizer, learning_rate=rate, **dict(variant.optimizer)),
+        optimizer=optimizer,
         train="coefficients" if variant.learns_coefficients else "all",
     )
 

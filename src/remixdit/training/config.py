@@ -62,7 +62,7 @@ class MixtureConfig:
     symmetry: float = 8.0
     """Preference of an expert for its own basis at the start: 0 for none, 10 for little else."""
     intervals: str = "auto"
-    """What intervals have in equal parts: uniform (timesteps), log_snr, loss (the gradient, by the
+    """What intervals hold equal parts of: uniform (timesteps), log_snr, loss (the gradient, by the
     loss to expect), or auto, which is loss where it was seen to pay."""
     prior_strength: float = 0.0
     """Weight of the prior, which pulls each expert to its own basis (gamma)."""
@@ -296,6 +296,7 @@ class TrainConfig:
             )
         self._check_rank()
         self._check_given_bases()
+        self._check_muon()
         if self.objective.interval and self.mixture.num_experts > 1:
             raise ValueError(
                 f"interval must be that of a plain DiT, got {self.mixture.num_experts} experts"
@@ -310,11 +311,17 @@ class TrainConfig:
         """Refuse settings of sharding that do not fit together."""
         if self.shard_size < 0 or (self.shard_size and not self.shard):
             raise ValueError(f"shard_size must be 0 without shard, got {self.shard_size}")
-        if self.shard and self.optimizer.algorithm == "muon":
-            raise ValueError(
-                "algorithm must be adamw with --shard, which leaves no process a whole matrix, "
-                "got muon"
-            )
+
+    def _check_muon(self) -> None:
+        """Refuse Muon where no process has a whole matrix to train."""
+        reasons = {
+            "--shard, which leaves no process a whole matrix": self.shard,
+            "--rank, whose factors are no such matrices": self.mixture.rank > 0,
+            "--train coefficients, which are no matrices": self.train == "coefficients",
+        }
+        for reason, holds in reasons.items():
+            if holds and self.optimizer.algorithm == "muon":
+                raise ValueError(f"algorithm must be adamw with {reason}, got muon")
 
     def _check_rank(self) -> None:
         """Refuse low-rank bases that have no trained network to be added to."""

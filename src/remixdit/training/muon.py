@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MuonAdamW", "is_matrix", "orthogonal"]
+__all__ = ["MuonAdamW", "orthogonal"]
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's
 NUM_ITERATIONS = 5
-
-
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, or bases of one, that Muon moves, by its name."""
-    return name.endswith(".weight") and parameter.dim() >= 2
 
 
 class MuonAdamW(torch.optim.AdamW):

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from remixdit.distributed.parallel import local, sharded_like, whole
 from remixdit.mixture.experts import Experts
 from remixdit.mixture.names import matches, patterns_of
-from remixdit.training.muon import MuonAdamW, is_matrix
+from remixdit.training.muon import MuonAdamW
 
 __all__ = [
     "OptimizerConfig",
@@ -124,7 +124,7 @@ def optimizer_of(
         group["initial_lr"] = group["lr"]
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
-    matrices = matrices_of(experts.network) if config.algorithm == "muon" else {}
+    matrices = matrices_of(experts) if config.algorithm == "muon" else {}
     if matrices:
         optimizer: torch.optim.AdamW = MuonAdamW(groups, matrices, precision, **options)
     else:
@@ -141,13 +141,15 @@ def optimizer_of(
     return optimizer
 
 
-def matrices_of(network: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the weights of attention and MLP, mixed or not, with their names."""
-    patterns = patterns_of("attention+mlp")
+def matrices_of(experts: Experts) -> dict[nn.Parameter, str]:
+    """Return the matrices of attention and MLP, mixed or not, with their names."""
+    patterns, mixed = patterns_of("attention+mlp"), experts.mixed_names()
     return {
         parameter: name
-        for name, parameter in network.named_parameters()
-        if matches(name, patterns) and is_matrix(name, parameter)
+        for name, parameter in experts.network.named_parameters()
+        if matches(name, patterns)
+        and name.endswith(".weight")
+        and parameter.dim() == (3 if name in mixed else 2)
     }
 
 

@@ -375,7 +375,7 @@ def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
             log-SNR) or "loss" (the gradient to expect).
     """
     process: Diffusion | Flow = noise_process(config)
-    std = PIXEL_STD if config.autoencoder["name"] == "none" else LATENT_STD
+    std = PIXEL_STD if config.is_of_pixels else LATENT_STD
     size = config.network.input_size
     if isinstance(process, Diffusion):
         if policy == "uniform":
