@@ -205,7 +205,8 @@ def denoising_steps(
         prediction, pred_latents = thresholded(
             config.thresholding, model.process, prediction, latents, times
         )
-        output = torch.cat([prediction, variance], dim=1)
+        if config.thresholding != "none":
+            output = torch.cat([prediction, variance], dim=1)
         latents = trajectory.step(output, number, latents, generators)
         yield DenoisingStep(timestep, expert, latents, pred_latents)
 
