@@ -103,6 +103,27 @@ def optimizer_of(
         config: Algorithm, learning rates and decay rates.
         precision: Precision of the iteration by which Muon makes matrices orthogonal.
     """
+    groups = groups_of(experts, config)
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
+    matrices = matrices_of(experts) if config.algorithm == "muon" else {}
+    if matrices:
+        optimizer: torch.optim.AdamW = MuonAdamW(groups, matrices, precision, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, **options)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = {
+                "step": torch.zeros((), device=local(parameter).device),
+                "exp_avg": torch.zeros_like(parameter),
+            }
+            if parameter not in matrices:
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            optimizer.state[parameter] = state
+    return optimizer
+
+
+def groups_of(experts: Experts, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return the groups of trained parameters, each with its learning rate and weight decay."""
     bases = list(experts.bases().values())
     mixed = {id(parameter) for parameter in bases}
     others = [p for p in experts.network.parameters() if id(p) not in mixed]
@@ -122,23 +143,7 @@ def optimizer_of(
         groups.append({"params": [experts.logits], "lr": rate, "weight_decay": 0.0})
     for group in groups:
         group["initial_lr"] = group["lr"]
-    groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
-    matrices = matrices_of(experts) if config.algorithm == "muon" else {}
-    if matrices:
-        optimizer: torch.optim.AdamW = MuonAdamW(groups, matrices, precision, **options)
-    else:
-        optimizer = torch.optim.AdamW(groups, **options)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = {
-                "step": torch.zeros((), device=local(parameter).device),
-                "exp_avg": torch.zeros_like(parameter),
-            }
-            if parameter not in matrices:
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            optimizer.state[parameter] = state
-    return optimizer
+    return [group for group in groups if group["params"]]
 
 
 def matrices_of(experts: Experts) -> dict[nn.Parameter, str]:
