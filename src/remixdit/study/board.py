@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from remixdit.figures import plots
-from remixdit.figures.html import Block, Heading, Picture, Table
+from remixdit.figures.html import Table
 from remixdit.study.paired import Paired, as_text, mean_of, paired, paired_kernels
 from remixdit.study.variants import START
 
-__all__ = ["at_equal_time", "board", "board_figure", "board_table", "load_kernels"]
+__all__ = ["NOTE", "at_equal_time", "board_figure", "board_table", "load_kernels"]
 
 Result = dict[str, Any]
 Value = Callable[[dict[str, Any]], float | None]
@@ -90,25 +90,6 @@ def load_kernels(cells: Path, results: Sequence[Result]) -> Kernels:
             with np.load(path) as file:
                 found[cell["variant"], cell["seed"]] = {key: file[key] for key in file.files}
     return found
-
-
-def board(groups: Groups, baseline: str, kernels: Kernels) -> list[Block]:
-    """Return table and figure of the cells at equal time.
-
-    Args:
-        groups: Cells of each variant, as `at_equal_time` gives them.
-        baseline: Variant that the others are held against.
-        kernels: Shifts of the kernel distance of each cell.
-    """
-    return [
-        Heading("At equal time"),
-        board_table(groups, baseline, kernels),
-        Picture(
-            board_figure(groups),
-            NOTE,
-            "Loss, and KID if samples were drawn, of every variant against the seconds of training",
-        ),
-    ]
 
 
 def board_table(groups: Groups, baseline: str, kernels: Kernels) -> Table:

@@ -26,8 +26,8 @@ from remixdit.figures.axes import new_figure
 from remixdit.figures.html import Block, Heading, Picture, Table, Text, write_report
 from remixdit.files import write_file
 from remixdit.study.board import (
+    NOTE,
     at_equal_time,
-    board,
     board_figure,
     board_table,
     load_kernels,
@@ -87,10 +87,13 @@ def equal_time(directory: Path, results: Sequence[Result]) -> list[Block]:
     if not baseline:
         return []
     kernels = load_kernels(directory / "cells", results)
-    lines = markdown(board_table(groups, baseline, kernels))
+    table, figure = board_table(groups, baseline, kernels), board_figure(groups)
+    lines = markdown(table)
     write_file(directory / "board.md", lambda beside: beside.write_text(lines, "utf-8"))
-    write_file(directory / "board.png", partial(board_figure(groups).savefig, format="png"))
-    return [*board(groups, baseline, kernels), Heading("From equal images")]
+    write_file(directory / "board.png", partial(figure.savefig, format="png"))
+    what = "Loss, and KID if samples were drawn, of every variant against the seconds of training"
+    picture = Picture(figure, NOTE, what)
+    return [Heading("At equal time"), table, picture, Heading("From equal images")]
 
 
 def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
