@@ -156,21 +156,10 @@ VARIANTS = {
         )
         for noise in (0.01, 0.1)
     },
-    **{
-        f"stratified-{algorithm}": Variant(
-            f"the stratified plain DiT, trained with {algorithm}",
-            PLAIN,
-            {"algorithm": algorithm},
-            stratified=True,
-        )
-        for algorithm in ("adamw", "muon")
-    },
-    **{
-        f"remix-{algorithm}": Variant(
-            f"the default, trained with {algorithm}", optimizer={"algorithm": algorithm}
-        )
-        for algorithm in ("adamw", "muon")
-    },
+    "stratified-muon": Variant(
+        "the stratified plain DiT, trained with muon", PLAIN, {"algorithm": "muon"}, stratified=True
+    ),
+    "remix-muon": Variant("the default, trained with muon", optimizer={"algorithm": "muon"}),
     **{
         f"ema-{decay:g}": Variant(
             f"decay rate {decay:g} of the averages", optimizer={"ema_decay": decay}
@@ -248,10 +237,7 @@ STUDIES = {
         *(START, "stratified", "stratified-uniform", "stratified-log-snr"),
         *("uniform", "log-snr", "remix"),
     ),
-    "optimizer": (
-        *(START, "stratified", "stratified-adamw", "stratified-muon"),
-        *("remix-adamw", "remix-muon", "remix"),
-    ),
+    "optimizer": (START, "stratified", "stratified-muon", "remix-muon", "remix"),
     "ema": (START, "stratified", *named("ema-"), "remix"),
     "learning-rate": (
         *(START, "stratified", *at_rates("stratified"), "published"),
