@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from remixdit.cli.main import main
+from remixdit.model.loading import checkpoints
 from remixdit.training.run import read_metrics
 from tests.command_line import remixdit
 from tests.processes import start_processes, wait_for_checkpoint
@@ -48,3 +51,21 @@ def test_images_are_those_of_the_step_that_is_said(data, tmp_path, capsys):
         place = whole / "checkpoints" / f"step-{step:08}"
         line = f"sample {place} --output {tmp_path}/{step}-again.npz {DRAWING}"
         assert np.array_equal(drawn(line, capsys)[1], found[step])
+
+
+def test_a_checkpoint_that_is_removed_while_torch_opens_it_is_left_for_the_next(
+    data, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    remixdit(f"train tiny --data {data} --steps 4 --save-every 2 --output-dir {run}")
+    kept, newest = checkpoints(run)
+    from_file = torch.UntypedStorage.from_file
+
+    def removed_first(*args: object, **options: object) -> torch.UntypedStorage:
+        shutil.rmtree(newest, ignore_errors=True)
+        return from_file(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", removed_first)
+    assert main(f"info {run} --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert checkpoints(run) == [kept]

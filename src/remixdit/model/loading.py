@@ -95,7 +95,8 @@ def read_while_training(path: str | Path, read: Callable[[], Result]) -> Result:
         newest = newest_checkpoint(Path(path))
         try:
             return read()
-        except (ValueError, OSError):
+        except (ValueError, OSError, RuntimeError, SafetensorError):
+            # RuntimeError is torch's, which maps the file that safetensors has found.
             if newest is None or newest.exists():
                 raise
 
