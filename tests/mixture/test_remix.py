@@ -539,3 +539,32 @@ def test_autocast_rounds_but_changes_nothing_else(name):
             outputs.append(network(*inputs).float())
     size = outputs[0].square().mean().sqrt()
     assert 0 < (outputs[1] - outputs[0]).abs().max() < 0.2 * size
+
+
+def test_gradients_of_a_mixed_linear_are_the_same_inside_of_autocast():
+    """Where it would round bases and coefficients, and the gradients that are summed."""
+    network = nn.Sequential(nn.Linear(8, 6))
+    experts = remix(network, K, N, mixed="all")
+    perturb(experts)
+    images = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for inside in (True, False):
+        with experts.route([0, 0, 1, 1, 4, 4]):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = network(images).float().square().sum()
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+        grads.append([p.grad.clone() for p in network.parameters()])
+        network.zero_grad()
+    assert all(torch.equal(first, second) for first, second in zip(*grads, strict=True))
+
+
+def test_autocast_rounds_no_coefficients_of_layers_that_run_expert_by_expert():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3))
+    weight = network[0].weight.detach().clone()
+    experts = remix(network, K, N, mixed="all")  # bases are equal, so every mixture is the weight
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = network[0].mixed_weight("weight", experts.coefficients(1)[0])
+    torch.testing.assert_close(mixed, weight, rtol=1e-6, atol=1e-7)

@@ -111,7 +111,8 @@ class MixedLayer(nn.Module):
     def mixed_weight(self, name: str, row: Tensor) -> Tensor:
         """Return a parameter (*) of the expert whose coefficients are `row`, (K,)."""
         bases = self.get_parameter(name)
-        return mix(bases, row[None], bases.dtype)[0]
+        with torch.autocast(bases.device.type, enabled=False):  # as in `linear`
+            return mix(bases, row[None], bases.dtype)[0]
 
     def state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the state of the original layer with the given mixed parameters."""

@@ -24,9 +24,6 @@ __all__ = ["MixedProduct", "Span", "mix"]
 # (experts, images of each): neighbouring experts that have as many images each.
 Span = tuple[int, int]
 
-# Elements of M experts that an eager pass on a CPU works on at a time: few enough for its cache.
-CHUNK = 2**19
-
 
 class MixedProduct(torch.autograd.Function):
     """(B, R, I) inputs, sorted by expert => (B, R, O) outputs.
@@ -67,19 +64,21 @@ class MixedProduct(torch.autograd.Function):
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         inputs, bases, biases, coefficients = ctx.saved_tensors
         grads = grads.to(inputs.dtype).contiguous()
-        input_grads = None
-        if ctx.needs_input_grad[0]:
-            input_grads = times(grads, mix(bases, coefficients, inputs.dtype), ctx.spans)
-        pairs = zip(grouped(grads, ctx.spans), grouped(inputs, ctx.spans), strict=True)
-        weight_grads = together([torch.bmm(g.transpose(1, 2), x) for (g, _), (x, _) in pairs])
-        learns = ctx.needs_input_grad[1]
-        basis_grads, coefficient_grads = folded(weight_grads, bases, coefficients, learns)
-        bias_grads = None
-        if biases is not None:
-            sums = together([g.sum(1) for g, _ in grouped(grads, ctx.spans)]).to(biases.dtype)
-            if ctx.needs_input_grad[2]:
-                bias_grads = coefficients.t() @ sums
-            coefficient_grads = coefficient_grads + sums @ biases.t()
+        # Autocast, if it is on here, would round bases, coefficients and the gradients' sums.
+        with torch.autocast(grads.device.type, enabled=False):
+            input_grads = None
+            if ctx.needs_input_grad[0]:
+                input_grads = times(grads, mix(bases, coefficients, inputs.dtype), ctx.spans)
+            pairs = zip(grouped(grads, ctx.spans), grouped(inputs, ctx.spans), strict=True)
+            weight_grads = together([torch.bmm(g.transpose(1, 2), x) for (g, _), (x, _) in pairs])
+            learns = ctx.needs_input_grad[1]
+            basis_grads, coefficient_grads = folded(weight_grads, bases, coefficients, learns)
+            bias_grads = None
+            if biases is not None:
+                sums = together([g.sum(1) for g, _ in grouped(grads, ctx.spans)]).to(biases.dtype)
+                if ctx.needs_input_grad[2]:
+                    bias_grads = coefficients.t() @ sums
+                coefficient_grads = coefficient_grads + sums @ biases.t()
         return input_grads, basis_grads, bias_grads, coefficient_grads, None
 
 

@@ -112,16 +112,12 @@ def gradients(
         own = part.to(model.device)
         timesteps = model.process.network_timesteps(own.timesteps)
         noisy = model.process.add_noise(own.latents, own.noise, own.timesteps)
-        with (
-            gathering(network, is_last),
-            routing(model, own.strata),
-            torch.autocast(kind, precision, enabled=precision != torch.float32),
-        ):
-            output = network(noisy, timesteps, own.class_labels)
-            with torch.autocast(kind, enabled=False):
-                loss = model.process.loss(output, own.latents, own.noise, own.timesteps)
-                # Processes average their gradients, and the weights of all images sum to 1.
-                total = (loss.total * own.weights).sum() * distributed.num_ranks()
+        with gathering(network, is_last), routing(model, own.strata):
+            with torch.autocast(kind, precision, enabled=precision != torch.float32):
+                output = network(noisy, timesteps, own.class_labels)
+            loss = model.process.loss(output, own.latents, own.noise, own.timesteps)
+            # Processes average their gradients, and the weights of all images sum to 1.
+            total = (loss.total * own.weights).sum() * distributed.num_ranks()
             torch.autograd.backward(total)
         window.add_losses(own.strata.to(loss.total.device, non_blocking=True), loss.total, loss.mse)
 
