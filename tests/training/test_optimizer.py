@@ -46,22 +46,45 @@ def test_one_basis_is_plain_training_bit_for_bit(mixed, max_grad_norm):
             assert torch.equal(named[name].view_as(expected), expected), name
 
 
-def test_each_group_has_its_learning_rate():
-    experts = remix(tiny_dit(), 2, 4)
-    config = OptimizerConfig(
-        learning_rate=1e-3, shared_learning_rate=1e-4, coefficients_learning_rate=1e-2
-    )
-    optimizer = optimizer_of(experts, config)
+RATES = {"learning_rate": 1e-3, "coefficients_learning_rate": 1e-2}
+KINDS_OF_RATES = [
+    # options, and the rates of mixed matrices and biases, shared matrices and biases
+    ({}, (1e-3, 1e-3, 1e-3, 1e-3)),
+    ({"shared_learning_rate": 1e-4}, (1e-3, 1e-3, 1e-4, 1e-4)),
+    ({"algorithm": "muon"}, (1e-3, 2.5e-4, 1e-3, 2.5e-4)),
+    ({"algorithm": "muon", "adamw_learning_rate": 2e-4}, (1e-3, 2e-4, 1e-3, 2e-4)),
+    ({"algorithm": "muon", "shared_learning_rate": 1e-4}, (1e-3, 2.5e-4, 1e-4, 1e-4)),
+]
+
+
+@pytest.mark.parametrize(("options", "rates"), KINDS_OF_RATES)
+def test_each_kind_of_parameter_has_its_learning_rate(options, rates):
+    network = tiny_dit()
+    experts = remix(network, 2, 4, mixed="*blocks.*.mlp.*")  # attention is shared
+    optimizer = optimizer_of(experts, OptimizerConfig(**RATES, **options))
     set_learning_rates(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-5, 5e-3]
-    named = [len(group["params"]) for group in optimizer.param_groups]
-    assert named == [16, len(weights_of(experts)) - 16, 1]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0, 0]
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: found[id(p)] for name, p in network.named_parameters()}
+    assert len(found) == len(named)
+    kinds = ("mlp.fc1.weight", "mlp.fc1.bias", "attn.proj.weight", "attn.proj.bias")
+    assert [named[f"blocks.0.{kind}"] for kind in kinds] == [rate / 2 for rate in rates]
+    # What is neither attention nor MLP is adamw's.
+    assert named["blocks.0.adaLN_modulation.1.weight"] == rates[3] / 2
+    assert named["experts.logits"] == 5e-3
 
 
 def test_frozen_coefficients_are_not_trained():
     experts = remix(tiny_dit(), 2, 4, coefficients="one_hot")
-    assert len(optimizer_of(experts, OptimizerConfig()).param_groups) == 2
+    trained = [
+        p for g in optimizer_of(experts, OptimizerConfig()).param_groups for p in g["params"]
+    ]
+    assert not any(parameter is experts.logits for parameter in trained)
+    assert len(trained) == len(weights_of(experts))
+
+
+def test_a_rate_that_adamw_does_not_have_is_refused():
+    with pytest.raises(ValueError, match=r"adamw_learning_rate must be left out .* got 0\.001"):
+        OptimizerConfig(algorithm="adamw", adamw_learning_rate=1e-3)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])

@@ -1,14 +1,16 @@
-"""AdamW, or Muon beside it, over three groups of parameters, its schedule, and clipping.
+"""AdamW, or Muon beside it, its learning rates and their schedule, and clipping.
 
-    bases (K, *)    learning_rate              weight_decay
-    shared (*)      shared_learning_rate       weight_decay
-    logits (N, K)   coefficients_learning_rate    none
+    bases (K, *)     learning_rate                 weight_decay
+    shared (*)       shared_learning_rate          weight_decay
+    with Muon, what  adamw_learning_rate           weight_decay
+      it leaves
+    logits (N, K)    coefficients_learning_rate    none
 
 Nothing here knows of mixing: bases are parameters like any other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,8 @@ class OptimizerConfig:
     """Optimizer: adamw, or muon for the matrices of attention and MLP and adamw for the rest."""
     learning_rate: float = 1e-4
     """Learning rate of the bases, after the warm-up."""
+    adamw_learning_rate: float | None = None
+    """Learning rate of what muon leaves to adamw; a quarter of muon's if not given."""
     shared_learning_rate: float | None = None
     """Learning rate of the parameters that are not mixed; that of the bases if not given."""
     coefficients_learning_rate: float = 1e-2
@@ -63,8 +67,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         for name in (
-            *("learning_rate", "shared_learning_rate", "coefficients_learning_rate", "eps"),
-            *("weight_decay", "warmup_steps", "max_grad_norm"),
+            *("learning_rate", "adamw_learning_rate", "shared_learning_rate"),
+            *("coefficients_learning_rate", "eps", "weight_decay", "warmup_steps", "max_grad_norm"),
         ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # so that NaN fails too
@@ -74,10 +78,19 @@ class OptimizerConfig:
                 raise ValueError(f"betas must be in [0, 1), got {beta}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.algorithm not in ("adamw", "muon"):
-            raise ValueError(f"algorithm must be adamw or muon, got {self.algorithm!r}")
         if self.lr_schedule not in ("constant", "cosine"):
             raise ValueError(f"lr_schedule must be constant or cosine, got {self.lr_schedule!r}")
+        self._check_algorithm()
+
+    def _check_algorithm(self) -> None:
+        """Refuse an unknown algorithm, and a learning rate that it does not have."""
+        if self.algorithm not in ("adamw", "muon"):
+            raise ValueError(f"algorithm must be adamw or muon, got {self.algorithm!r}")
+        if self.algorithm != "muon" and self.adamw_learning_rate is not None:
+            raise ValueError(
+                "adamw_learning_rate must be left out without muon, when learning_rate is adamw's, "
+                f"got {self.adamw_learning_rate}"
+            )
 
     def lr_factor(self, step: int, total_steps: int) -> float:
         """Return the factor of all learning rates at `step` in [0, total_steps)."""
@@ -103,9 +116,9 @@ def optimizer_of(
         config: Algorithm, learning rates and decay rates.
         precision: Precision of the iteration by which Muon makes matrices orthogonal.
     """
-    groups = groups_of(experts, config)
-    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
     matrices = matrices_of(experts) if config.algorithm == "muon" else {}
+    groups = groups_of(experts, config, matrices)
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
     if matrices:
         optimizer: torch.optim.AdamW = MuonAdamW(groups, matrices, precision, **options)
     else:
@@ -122,28 +135,39 @@ def optimizer_of(
     return optimizer
 
 
-def groups_of(experts: Experts, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return the groups of trained parameters, each with its learning rate and weight decay."""
-    bases = list(experts.bases().values())
-    mixed = {id(parameter) for parameter in bases}
-    others = [p for p in experts.network.parameters() if id(p) not in mixed]
-    shared = [p for p in others if p is not experts.logits and p.requires_grad]
-    shared_rate = config.shared_learning_rate
-    rates = (config.learning_rate, config.learning_rate if shared_rate is None else shared_rate)
+def groups_of(
+    experts: Experts, config: OptimizerConfig, matrices: Mapping[nn.Parameter, str]
+) -> list[dict[str, Any]]:
+    """Return the groups of trained parameters, one for each learning rate, and the logits' own.
+
+    Args:
+        experts: Experts of the network.
+        config: Learning rates and weight decay.
+        matrices: What Muon moves; nothing if AdamW moves all.
+    """
+    mixed = {id(parameter) for parameter in experts.bases().values()}
+    quarter = config.learning_rate / 4  # measured on CIFAR-10, docs/log.md
+    beside = quarter if config.adamw_learning_rate is None else config.adamw_learning_rate
+
+    def rate_of(parameter: nn.Parameter) -> float:
+        if config.shared_learning_rate is not None and id(parameter) not in mixed:
+            return config.shared_learning_rate
+        return beside if matrices and parameter not in matrices else config.learning_rate
+
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for parameter in experts.network.parameters():
+        if parameter.requires_grad and parameter is not experts.logits:
+            by_rate.setdefault(rate_of(parameter), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {
-            "params": [p for p in bases if p.requires_grad],
-            "lr": rates[0],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": shared, "lr": rates[1], "weight_decay": config.weight_decay},
+        {"params": parameters, "lr": rate, "weight_decay": config.weight_decay}
+        for rate, parameters in by_rate.items()
     ]
     if experts.logits.requires_grad:
         rate = config.coefficients_learning_rate
         groups.append({"params": [experts.logits], "lr": rate, "weight_decay": 0.0})
     for group in groups:
         group["initial_lr"] = group["lr"]
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 def matrices_of(experts: Experts) -> dict[nn.Parameter, str]:
