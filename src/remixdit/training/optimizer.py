@@ -207,7 +207,8 @@ def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) ->
     if not deciding and logits.grad is not None:
         deciding = [logits.grad]
     norm = whole(get_total_norm(deciding, foreach=True))
-    if limit:
+    # Within the limit the stock function multiplies by 1; a GPU would have to be waited for.
+    if limit and (norm.device.type != "cpu" or not norm + 1e-6 <= limit):
         clip_grads_with_norm_(every, limit, norm, foreach=True)
     return norm
 
