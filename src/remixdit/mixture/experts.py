@@ -50,7 +50,7 @@ class Experts(nn.Module):
         num_experts: int,
         kind: str = "softmax",
         num_tables: int = 0,
-        symmetry: float = 8.0,
+        symmetry: float = 2.0,
     ) -> None:
         super().__init__()
         self.num_bases, self.num_experts, self.kind = num_bases, num_experts, kind

@@ -33,7 +33,7 @@ def remix(  # noqa: PLR0913
     mixed: str | Sequence[str] = "attention+mlp",
     coefficients: str = "softmax",
     per_block: bool = False,
-    symmetry: float = 8.0,
+    symmetry: float = 2.0,
     rank: int = 0,
 ) -> Experts:
     """Give a network N experts, mixed from K bases that start as copies of its weights.

@@ -53,7 +53,7 @@ class RemixDiT(nn.Module):
         config: RemixConfig,
         network: DiT | None = None,
         seed: int = 0,
-        symmetry: float = 8.0,
+        symmetry: float = 2.0,
     ) -> None:
         super().__init__()
         self.config = config

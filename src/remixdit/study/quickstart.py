@@ -165,11 +165,7 @@ def stage_config(config: QuickstartConfig, stage: str) -> TrainConfig:
     )
     if stage == "continued":
         return continued
-    # In so few steps, from a start that has much left to learn, experts gain by sharing more than
-    # the default has them share (docs/log.md).
-    mixture = MixtureConfig(
-        num_bases=config.num_bases, num_experts=config.num_experts, symmetry=2.0
-    )
+    mixture = MixtureConfig(num_bases=config.num_bases, num_experts=config.num_experts)
     return replace(continued, mixture=mixture, objective=replace(stratified, timestep_strata=0))
 
 

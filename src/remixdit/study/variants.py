@@ -148,7 +148,7 @@ VARIANTS = {
         f"symmetry-{value:g}": Variant(
             f"preference of {value:g} for the own basis at the start", {"symmetry": value}
         )
-        for value in (0.5, 1, 2, 4, 16)
+        for value in (0.5, 1, 4, 8, 16)
     },
     **{
         f"noise-{noise:g}": Variant(

@@ -59,7 +59,7 @@ class MixtureConfig:
     """Learn a coefficient table for each block instead of one for all."""
     rank: int = 0
     """Rank of the bases, which are added to the frozen model that --from names; 0 for none."""
-    symmetry: float = 8.0
+    symmetry: float = 2.0
     """Preference of an expert for its own basis at the start: 0 for none, 10 for little else."""
     intervals: str = "auto"
     """What intervals hold equal parts of: uniform (timesteps), log_snr, loss (the gradient, by the
