@@ -24,3 +24,9 @@ def test_the_start_prefers_own_bases_as_strongly_as_asked():
     with pytest.raises(ValueError, match="symmetry must be above 0"):
         MixtureConfig(symmetry=0.0)
     MixtureConfig(symmetry=0.0, prior_strength=1e-4)
+
+
+def test_copies_share_more_at_the_start_than_networks_that_differ():
+    assert 0 < MixtureConfig().symmetry_of(1) < MixtureConfig().symmetry_of(4)
+    given = MixtureConfig(symmetry=3.0)
+    assert given.symmetry_of(1) == given.symmetry_of(4) == 3.0

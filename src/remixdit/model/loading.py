@@ -96,7 +96,7 @@ def read_while_training(path: str | Path, read: Callable[[], Result]) -> Result:
         try:
             return read()
         except (ValueError, OSError, RuntimeError, SafetensorError):
-            # RuntimeError is torch's, which maps the file that safetensors has found.
+            # torch raises RuntimeError if the file is gone by the time it maps it.
             if newest is None or newest.exists():
                 raise
 

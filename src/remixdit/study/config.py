@@ -35,7 +35,7 @@ class StudyConfig:
     batch_size: int = 64
     """Number of images in a step."""
     learning_rate: float = 2e-4
-    """Learning rate of bases and shared parameters, unless a variant has its own."""
+    """Learning rate, unless a variant has its own; with muon, of matrices, a quarter for others."""
     lr_schedule: str = "constant"
     """Schedule of the learning rates: constant or cosine; half-way losses need constant."""
     algorithm: str = "adamw"

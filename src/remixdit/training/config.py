@@ -59,8 +59,9 @@ class MixtureConfig:
     """Learn a coefficient table for each block instead of one for all."""
     rank: int = 0
     """Rank of the bases, which are added to the frozen model that --from names; 0 for none."""
-    symmetry: float = 2.0
-    """Preference of an expert for its own basis at the start: 0 for none, 10 for little else."""
+    symmetry: float | None = None
+    """Preference of an expert for its own basis at the start: 0 for none, 10 for little else; 2 if
+    not given, 8 for several networks."""
     intervals: str = "auto"
     """What intervals hold equal parts of: uniform (timesteps), log_snr, loss (the gradient, by the
     loss to expect), or auto, which is loss where it was seen to pay."""
@@ -111,7 +112,7 @@ class MixtureConfig:
 
     def _check_start(self) -> None:
         """Refuse bases that would stay equal for ever, and strengths below 0."""
-        apart = [getattr(self, name) for name in ("symmetry", "basis_noise", "prior_strength")]
+        apart = [self.symmetry_of(1), self.basis_noise, self.prior_strength]
         if min(apart) < 0:
             raise ValueError(f"symmetry, basis_noise, prior_strength must be >= 0, got {apart}")
         if self.num_bases > 1 and not any(apart):
@@ -119,6 +120,15 @@ class MixtureConfig:
                 "symmetry must be above 0 without basis_noise or prior_strength, got 0: "
                 "equal bases with equal coefficients would stay equal for ever"
             )
+
+    def symmetry_of(self, num_networks: int) -> float:
+        """Return the preference for the own basis where the bases are that many networks.
+
+        Copies of one learn faster if they share much; networks that differ do not mix well.
+        """
+        if self.symmetry is not None:
+            return self.symmetry
+        return 2.0 if num_networks == 1 else 8.0
 
     def prior_at(self, step: int, total_steps: int) -> float:
         """Return the prior's strength at a step in [0, total_steps)."""

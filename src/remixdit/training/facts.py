@@ -36,11 +36,21 @@ def training_facts(found: Found) -> dict[str, str]:
         "budget": f"{step:,} steps of {settings['batch_size']:,} images, "
         f"{step * settings['batch_size']:,} images in all",
         "experts in a step, M": str(settings.get("mixture.experts_per_step") or "all"),
-        "optimizer": f"AdamW, learning rate {settings.get('optimizer.learning_rate')}, "
-        f"precision {settings.get('precision')}, seed {settings.get('seed')}",
+        "optimizer": f"{optimizer_named(settings)}, precision {settings.get('precision')}, "
+        f"seed {settings.get('seed')}",
         "weights": "those of the last step" if last else f"running average, decay {decay}",
         **loss_of(rows),
     }
+
+
+def optimizer_named(settings: Mapping[str, Any]) -> str:
+    """Return the algorithm and its learning rate, and the one of what Muon leaves to AdamW."""
+    rate = settings.get("optimizer.learning_rate")
+    if settings.get("optimizer.algorithm") != "muon":
+        return f"AdamW, learning rate {rate}"
+    beside = settings.get("optimizer.adamw_learning_rate")
+    beside = "a quarter of it" if beside is None else beside
+    return f"Muon, learning rate {rate}, AdamW for the rest, {beside}"
 
 
 def images_of(run: Path, settings: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@
 
 where orthogonal(U S V^T) = U V^T, by five steps of Newton-Schulz (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon). The factor gives an update the size that AdamW's usually
-has, so learning rates carry over (arXiv:2502.16982).
+has, so learning rates of matrices carry over (arXiv:2502.16982).
 
 `torch.optim.Muon` does the same for parameters of two dimensions. Here each of K bases (K, O, I) is
 a matrix, a fused qkv weight is three, and equal shapes of all layers run as one batch. All other

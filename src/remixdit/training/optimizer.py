@@ -1,10 +1,11 @@
 """AdamW, or Muon beside it, its learning rates and their schedule, and clipping.
 
     bases (K, *)     learning_rate                 weight_decay
-    shared (*)       shared_learning_rate          weight_decay
-    with Muon, what  adamw_learning_rate           weight_decay
-      it leaves
+    shared (*)       learning_rate                 weight_decay
     logits (N, K)    coefficients_learning_rate    none
+
+With Muon, what it leaves to AdamW has adamw_learning_rate. What is shared has shared_learning_rate
+instead of either, if that is given.
 
 Nothing here knows of mixing: bases are parameters like any other.
 """
@@ -40,11 +41,11 @@ class OptimizerConfig:
     algorithm: str = "adamw"
     """Optimizer: adamw, or muon for the matrices of attention and MLP and adamw for the rest."""
     learning_rate: float = 1e-4
-    """Learning rate of the bases, after the warm-up."""
+    """Learning rate of bases and shared parameters, after the warm-up; with muon, of matrices."""
     adamw_learning_rate: float | None = None
     """Learning rate of what muon leaves to adamw; a quarter of muon's if not given."""
     shared_learning_rate: float | None = None
-    """Learning rate of the parameters that are not mixed; that of the bases if not given."""
+    """Learning rate of all parameters that are not mixed, in place of the two above."""
     coefficients_learning_rate: float = 1e-2
     """Learning rate of the logits."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -88,8 +89,8 @@ class OptimizerConfig:
             raise ValueError(f"algorithm must be adamw or muon, got {self.algorithm!r}")
         if self.algorithm != "muon" and self.adamw_learning_rate is not None:
             raise ValueError(
-                "adamw_learning_rate must be left out without muon, when learning_rate is adamw's, "
-                f"got {self.adamw_learning_rate}"
+                "adamw_learning_rate must be left out with adamw, whose rate is learning_rate, got "
+                f"{self.adamw_learning_rate}"
             )
 
     def lr_factor(self, step: int, total_steps: int) -> float:
@@ -207,7 +208,8 @@ def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) ->
     if not deciding and logits.grad is not None:
         deciding = [logits.grad]
     norm = whole(get_total_norm(deciding, foreach=True))
-    # Within the limit the stock function multiplies by 1; a GPU would have to be waited for.
+    # Within the limit the stock function multiplies by 1; to know it, a GPU would have to be
+    # waited for.
     if limit and (norm.device.type != "cpu" or not norm + 1e-6 <= limit):
         clip_grads_with_norm_(every, limit, norm, foreach=True)
     return norm

@@ -249,7 +249,8 @@ def start_from_several(
         labels = label_rows(other.config, data, config.new_labels)
         networks.append(adapted(other.expert(0), target.network, labels, config.seed))
     refuse_unmixed_differences(target, networks)
-    return Start(target, partial(stacked_weights, target, networks, config.mixture.symmetry))
+    symmetry = config.mixture.symmetry_of(len(networks))
+    return Start(target, partial(stacked_weights, target, networks, symmetry))
 
 
 def settled(config: TrainConfig, model: RemixConfig | None) -> TrainConfig:
@@ -304,7 +305,7 @@ def remixed_weights(
                 values = perturbed(values, mixture.basis_noise, generator)
         yield name, values
     table = initial_table(
-        target.num_bases, target.num_experts, target.coefficients, mixture.symmetry
+        target.num_bases, target.num_experts, target.coefficients, mixture.symmetry_of(1)
     )
     yield "logits", table.expand(outline.experts.logits.shape)
 
