@@ -132,7 +132,7 @@ PRESETS = {
     ),
     "pixels-16": Preset(
         "fine-tune pixels-16-plain (--from) into K = 4, N = 20, all experts every step",
-        "CIFAR-10: loss 0.04858 -> 0.04568; plain, trained the same way, 0.04635",
+        "CIFAR-10: loss 0.04568, plain 0.04635 (16x16); 0.02964, plain 0.03053 (32x32)",
         {
             "network": SMALL,
             "objective": ObjectiveConfig(mirror=True),
