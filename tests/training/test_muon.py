@@ -1,15 +1,18 @@
 """Muon: against torch's own, the singular value decomposition, and AdamW beside it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from remixdit.mixture.remix import remix
 from remixdit.training.config import MixtureConfig, TrainConfig
 from remixdit.training.muon import MuonAdamW, orthogonal
 from remixdit.training.optimizer import OptimizerConfig, optimizer_of, step_if
+from tests.command_line import refusal, remixdit
 from tests.tiny import batch, tiny_dit
 
 MUON = OptimizerConfig(algorithm="muon", learning_rate=1e-2, weight_decay=0.1)
@@ -152,3 +155,20 @@ def test_muon_without_matrices_to_train_is_refused(options, message):
 def test_an_unknown_algorithm_is_refused():
     with pytest.raises(ValueError, match="algorithm must be adamw or muon, got 'sgd'"):
         OptimizerConfig(algorithm="sgd")
+
+
+def test_a_run_from_before_adamw_had_its_own_rate_resumes_with_muons(data, tmp_path, capsys):
+    line = f"train tiny --data {data} --algorithm muon --learning-rate 1e-3 --save-every 2"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    remixdit(f"{line} --steps 4 --output-dir {whole} --adamw-learning-rate 1e-3")
+    remixdit(f"{line} --steps 2 --output-dir {broken} --adamw-learning-rate 1e-3")
+    stated = json.loads((broken / "config.json").read_text())
+    del stated["optimizer"]["adamw_learning_rate"]
+    (broken / "config.json").write_text(json.dumps(stated))
+    again = f"{line} --steps 4 --output-dir {broken}"
+    refused = refusal(again, capsys)
+    assert "optimizer.adamw_learning_rate" in refused
+    assert "0.001" in refused
+    remixdit(f"{again} --adamw-learning-rate 1e-3")
+    first, second = (load_file(d / "model" / "model.safetensors") for d in (whole, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)

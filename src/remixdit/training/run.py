@@ -156,7 +156,12 @@ def stated_settings(directory: Path) -> dict[str, Any] | None:
     path = directory / "config.json"
     if not path.is_file():
         return None
-    return json_object(path)
+    stated = json_object(path)
+    optimizer = stated.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("algorithm") == "muon":
+        # Before AdamW had a rate of its own, it had Muon's.
+        optimizer.setdefault("adamw_learning_rate", optimizer.get("learning_rate"))
+    return stated
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
