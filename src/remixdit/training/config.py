@@ -122,9 +122,12 @@ class MixtureConfig:
             )
 
     def symmetry_of(self, num_networks: int) -> float:
-        """Return the preference for the own basis where the bases are that many networks.
+        """Return the preference of an expert for its own basis at the start.
 
-        Copies of one learn faster if they share much; networks that differ do not mix well.
+        Copies of one network learn faster if they share much; others do not mix well.
+
+        Args:
+            num_networks: Number of networks that the bases are made of, 1 for copies.
         """
         if self.symmetry is not None:
             return self.symmetry
