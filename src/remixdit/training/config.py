@@ -122,9 +122,7 @@ class MixtureConfig:
             )
 
     def symmetry_of(self, num_networks: int) -> float:
-        """Return the preference of an expert for its own basis at the start.
-
-        Copies of one network learn faster if they share much; others do not mix well.
+        """Return the symmetry of the start: copies learn faster if they share much.
 
         Args:
             num_networks: Number of networks that the bases are made of, 1 for copies.
