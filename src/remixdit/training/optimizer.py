@@ -208,8 +208,7 @@ def clip(weights: Sequence[nn.Parameter], logits: nn.Parameter, limit: float) ->
     if not deciding and logits.grad is not None:
         deciding = [logits.grad]
     norm = whole(get_total_norm(deciding, foreach=True))
-    # Within the limit the stock function multiplies by 1; to know it, a GPU would have to be
-    # waited for.
+    # Within the limit the stock function multiplies by 1; on a GPU, testing that would wait for it.
     if limit and (norm.device.type != "cpu" or not norm + 1e-6 <= limit):
         clip_grads_with_norm_(every, limit, norm, foreach=True)
     return norm
