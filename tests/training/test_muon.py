@@ -117,6 +117,32 @@ def test_a_skipped_step_changes_nothing():
         assert (all(same) and unchanged) is (factor != 1.0)
 
 
+@pytest.mark.parametrize("is_skipped", [False, True])
+def test_a_step_that_nobody_waits_for_is_the_same(is_skipped):
+    """On a GPU whether the step is skipped is not read, but multiplied by."""
+    networks = tiny_dit(), tiny_dit()
+    optimizers = [optimizer_of(remix(network, 2, 4), MUON) for network in networks]
+    for step in range(2):
+        size = float("nan") if is_skipped and step else 1.0
+        for network in networks:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in network.parameters():
+                parameter.grad = size * torch.randn(parameter.shape, generator=generator)
+        step_if(torch.tensor(size == 1.0), optimizers[0])
+        with torch.no_grad():
+            for shape, members in optimizers[1].shapes.items():
+                optimizers[1]._move(shape, members, torch.tensor(float(size != 1.0)))
+    theirs = dict(networks[1].named_parameters())
+    for name, parameter in networks[0].named_parameters():
+        if name.endswith(".weight") and "exp_avg_sq" not in optimizers[0].state[parameter]:
+            own, other = (
+                o.state[p] for o, p in zip(optimizers, (parameter, theirs[name]), strict=True)
+            )
+            assert own["step"] == other["step"] == (1 if is_skipped else 2)
+            torch.testing.assert_close(own["exp_avg"], other["exp_avg"])
+            torch.testing.assert_close(parameter, theirs[name])
+
+
 class Attention(nn.Module):
     """A network whose attention has vectors and kernels beside its matrix."""
 

@@ -59,8 +59,13 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move the matrices by Muon, unless the step is skipped, and the rest by AdamW."""
         skipped = getattr(self, "found_inf", None)
+        on_cpu = skipped is not None and skipped.device.type == "cpu"  # nothing to wait for
         for shape, members in self.shapes.items():
-            self._move(shape, members, skipped)
+            trained = [member for member in members if member[0].grad is not None]
+            if trained and not (on_cpu and skipped):
+                self._move(shape, trained, None if on_cpu else skipped)
+            for parameter, _ in trained:
+                parameter.grad = None  # AdamW leaves it alone
         super().step(closure)
 
     def _move(
@@ -73,30 +78,32 @@ class MuonAdamW(torch.optim.AdamW):
 
         Args:
             shape: (O, I) of a matrix.
-            members: Parameters with their groups.
+            members: Parameters, which have gradients, with their groups.
             skipped: 1 if the step is left out, on the device, else 0; None for 0.
         """
-        members = [(parameter, group) for parameter, group in members if parameter.grad is not None]
         directions = []
         for parameter, _ in members:
-            state, gradient = self.state[parameter], parameter.grad
+            momentum, gradient = self.state[parameter]["exp_avg"], parameter.grad
             assert gradient is not None
             if skipped is not None:  # not multiplied by 0, which leaves NaN as it is
-                gradient = torch.where(skipped == 0, gradient, state["exp_avg"])
-            state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-            directions.append(gradient.lerp(state["exp_avg"], MOMENTUM).view(-1, *shape))
-            parameter.grad = None  # AdamW leaves it alone
-        if not members:
-            return
+                gradient = torch.where(skipped == 0, gradient, momentum)
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            direction = gradient.lerp_(momentum, MOMENTUM)  # nobody reads the gradient again
+            directions.append(direction.view(-1, *shape).to(self.dtype))
         moves = orthogonal(torch.cat(directions), self.dtype)
-        taken = 1.0 if skipped is None else 1 - skipped
+        taken = 1 if skipped is None else 1 - skipped
         parts = torch.split(moves, [len(part) for part in directions])
         for (parameter, group), move in zip(members, parts, strict=True):
-            state, rate = self.state[parameter], group["lr"]
-            state["step"] += taken
-            parameter.mul_(1 - rate * group["weight_decay"] * taken)
+            rate = group["lr"]
+            self.state[parameter]["step"] += taken
+            if group["weight_decay"]:
+                parameter.mul_(1 - rate * group["weight_decay"] * taken)
             size = rate * 0.2 * max(shape) ** 0.5
-            parameter.sub_(move.view(parameter.shape).to(parameter.dtype) * (size * taken))
+            if skipped is None:
+                parameter.sub_(move.view(parameter.shape), alpha=size)
+            else:
+                move = move.view(parameter.shape).to(parameter.dtype)
+                parameter.sub_(move * (size * taken))
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
