@@ -102,8 +102,7 @@ class MuonAdamW(torch.optim.AdamW):
             if skipped is None:
                 parameter.sub_(move.view(parameter.shape), alpha=size)
             else:
-                move = move.view(parameter.shape).to(parameter.dtype)
-                parameter.sub_(move * (size * taken))
+                parameter.sub_(move.view(parameter.shape).to(parameter.dtype) * (size * taken))
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
