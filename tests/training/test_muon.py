@@ -13,6 +13,7 @@ from remixdit.training.config import MixtureConfig, TrainConfig
 from remixdit.training.muon import MuonAdamW, orthogonal
 from remixdit.training.optimizer import OptimizerConfig, optimizer_of, step_if
 from tests.command_line import refusal, remixdit
+from tests.processes import launch
 from tests.tiny import batch, tiny_dit
 
 MUON = OptimizerConfig(algorithm="muon", learning_rate=1e-2, weight_decay=0.1)
@@ -115,6 +116,29 @@ def test_a_skipped_step_changes_nothing():
         now = [value for state in optimizer.state.values() for value in state.values()]
         unchanged = all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
         assert (all(same) and unchanged) is (factor != 1.0)
+
+
+SHARED_OUT = """
+import torch
+from remixdit import distributed
+from remixdit.training.muon import orthogonal
+distributed.start(torch.device("cpu"))
+for count in (1, 4, 6):
+    matrices = torch.randn(count, 8, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seen = []
+    def work(rows):
+        seen.append(len(rows))
+        return orthogonal(rows, torch.bfloat16)
+    found = distributed.by_shares(work, matrices)
+    assert torch.equal(found, orthogonal(matrices, torch.bfloat16)), count
+    assert seen == [{1: 1, 4: 2, 6: 2}[count]], seen
+distributed.stop()
+"""
+
+
+def test_three_processes_share_out_the_matrices(tmp_path):
+    (tmp_path / "shares.py").write_text(SHARED_OUT)
+    launch("", 3, program=f"{tmp_path}/shares.py")
 
 
 @pytest.mark.parametrize("is_skipped", [False, True])

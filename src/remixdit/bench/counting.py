@@ -12,6 +12,8 @@ from remixdit.mixture.layers import MixedLayer
 from remixdit.mixture.names import block_of
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import TrainConfig
+from remixdit.training.muon import matrix_shape
+from remixdit.training.optimizer import matrices_of
 
 __all__ = ["Counted", "counted", "mixed_at_once", "mixed_bytes", "mixed_per_step"]
 
@@ -31,6 +33,8 @@ class Counted(NamedTuple):
     is_trained: bool
     is_cast: bool
     """Whether autocast makes a copy in the precision of the arithmetic."""
+    matrix: tuple[int, int] | None
+    """(O, I) of its matrices if Muon can move it."""
 
 
 def counted(model: RemixDiT, size: int, precision: torch.dtype) -> list[Counted]:
@@ -43,6 +47,7 @@ def counted(model: RemixDiT, size: int, precision: torch.dtype) -> list[Counted]
     """
     is_mixing = model.experts.is_mixing and not model.config.rank  # low-rank bases never are
     bases = model.experts.bases() if is_mixing else {}
+    matrices = matrices_of(model.experts)
     stacked = {id(parameter) for parameter in model.experts.bases().values()}
     exact = (*model.network.float32_modules, "experts")
     return [
@@ -56,6 +61,7 @@ def counted(model: RemixDiT, size: int, precision: torch.dtype) -> list[Counted]
             precision != torch.float32
             and name not in bases
             and not any(part in exact for part in name.split(".")),
+            matrix_shape(name, parameter.shape) if parameter in matrices else None,
         )
         for name, parameter in model.network.named_parameters()
     ]

@@ -20,6 +20,7 @@ from remixdit.bench.scaling import StepCost, outline, step_cost, step_seconds
 from remixdit.diffusion.dit import SIZES, DiTConfig
 from remixdit.model.loading import stated_config
 from remixdit.training.config import MixtureConfig, TrainConfig
+from remixdit.training.optimizer import OptimizerConfig
 
 __all__ = ["LEFT_FREE", "Plan", "PlanConfig", "Plans", "make_plans"]
 
@@ -48,6 +49,8 @@ class PlanConfig:
     """Number of experts, N, that share every step."""
     batch_size: int = 256
     """Number of images in a step, over all GPUs."""
+    algorithm: str = "adamw"
+    """Optimizer, adamw or muon."""
     images_per_second: float = 0.0
     """Measured speed of the recommended setting over all GPUs; 0 for the computed speed."""
     flops_share: float = 0.4
@@ -56,6 +59,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         card_of(self.gpu)
+        OptimizerConfig(algorithm=self.algorithm)
         number_of(self.images)
         if self.gpus < 1 or (self.gpus > 8 and self.gpus % 8):
             raise ValueError(f"gpus must be 1 to 8, or a multiple of 8, got {self.gpus}")
@@ -156,12 +160,13 @@ def ways(config: PlanConfig, network: DiTConfig, num_bases: int) -> Iterator[Tra
         batch_size=config.batch_size,
         precision="bf16",
         mixture=MixtureConfig(num_bases=num_bases, num_experts=num_experts),
+        optimizer=OptimizerConfig(algorithm=config.algorithm),
     )
     images = config.batch_size // config.gpus
     parts = (0, *(math.ceil(images / 2**i) for i in range(1, math.ceil(math.log2(images)) + 1)))
-    shards = [(False, 0)] if config.gpus == 1 else [(False, 0), (True, 0)]
-    if config.gpus > 8:
-        shards.append((True, 8))
+    shards = [(False, 0)]
+    if config.algorithm != "muon":  # which needs whole matrices
+        shards += [(True, 0)] * (config.gpus > 1) + [(True, 8)] * (config.gpus > 8)
     for (shard, size), recompute, part in product(shards, (False, True), parts):
         yield replace(run, shard=shard, shard_size=size, recompute=recompute, micro_batch_size=part)
 

@@ -20,6 +20,7 @@ from remixdit.diffusion.costs import activation_bytes, block_activation_bytes, t
 from remixdit.model.config import RemixConfig
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import PRECISIONS, TrainConfig
+from remixdit.training.muon import orthogonal_flops
 
 __all__ = ["H100", "Hardware", "StepCost", "outline", "step_cost", "step_seconds"]
 
@@ -67,6 +68,8 @@ class StepCost:
     """Images that this process runs."""
     flops: int
     """Operations of the network, forward and backward; mixing is counted in `moved`."""
+    orthogonal_flops: int
+    """Operations by which Muon makes this process's share of the matrices orthogonal."""
     memory: dict[str, int]
     """Bytes by part; their sum bounds the peak, as not all of them are there at once."""
     moved: dict[str, int]
@@ -75,6 +78,8 @@ class StepCost:
     """Bytes of gradients reduced; `reduced_bytes` of metrics.jsonl."""
     across_bytes: int
     """Bytes of gradient slices that the groups then reduce among each other (HSDP)."""
+    moves_bytes: int
+    """Bytes of matrices that Muon made orthogonal, gathered from all processes."""
     gathered_bytes: int
     """Bytes of parameters gathered, forward and again backward (FSDP2)."""
     backward_passes: int = 1
@@ -107,15 +112,21 @@ def step_cost(config: TrainConfig, num_ranks: int = 1, model: RemixDiT | None = 
     reduced = FLOAT * sum(p.numbers for p in trained) if num_ranks > 1 else 0
     own = FLOAT * sum(p.own for p in trained)
     batches = mixed_per_step(config, images)
+    matrices = matrices_by_shape(config, parameters)
     return StepCost(
         num_ranks=num_ranks,
         group_size=size,
         images=images,
         flops=training_flops(config.network, images) * (4 if config.recompute else 3) // 3,
-        memory=memory(config, model, parameters, size, images),
+        memory=memory(config, model, parameters, size, images)
+        | {"orthogonal": orthogonal_bytes(config, matrices, num_ranks)},
         moved=moved(config, parameters, batches, size),
+        orthogonal_flops=sum(
+            -(-count // num_ranks) * orthogonal_flops(shape) for shape, count in matrices.items()
+        ),
         reduced_bytes=reduced,
         across_bytes=own if 1 < size < num_ranks else 0,
+        moves_bytes=PRECISIONS[config.precision].itemsize * numbers_of(matrices),
         gathered_bytes=gathered_bytes(parameters) if size > 1 else 0,
         backward_passes=len(batches),
     )
@@ -168,7 +179,9 @@ def memory(
         activations += block_activation_bytes(config.network, width)
     return {
         "parameters": own + buffers,
-        "moments": 2 * gradients + FLOAT * len(trained),  # AdamW counts the steps of each
+        # AdamW counts the steps of each; of matrices Muon has the first moment alone.
+        "moments": 2 * gradients
+        + FLOAT * (len(trained) - numbers_of(matrices_by_shape(config, parameters))),
         "average": gradients,
         "gradients": gradients,
         "gathered": gathered_at_once(parameters) if size > 1 else 0,
@@ -188,6 +201,39 @@ def gathered_at_once(parameters: list[Counted]) -> int:
         by_block[p.block] = by_block.get(p.block, 0) + p.numbers * (1 + p.is_trained)
     root = by_block.pop(-1, 0)
     return FLOAT * (root + max(by_block.values(), default=0))
+
+
+def matrices_by_shape(config: TrainConfig, parameters: list[Counted]) -> dict[tuple[int, int], int]:
+    """Return how many matrices Muon moves, by their shape (O, I); none with AdamW."""
+    found: dict[tuple[int, int], int] = {}
+    for p in parameters:
+        if config.optimizer.algorithm == "muon" and p.is_trained and p.matrix:
+            rows, columns = p.matrix
+            found[p.matrix] = found.get(p.matrix, 0) + p.numbers // (rows * columns)
+    return found
+
+
+def numbers_of(matrices: dict[tuple[int, int], int]) -> int:
+    """Return the numbers of all matrices."""
+    return sum(count * rows * columns for (rows, columns), count in matrices.items())
+
+
+def orthogonal_bytes(
+    config: TrainConfig, matrices: dict[tuple[int, int], int], num_ranks: int
+) -> int:
+    """Return the bytes of what Muon holds of the matrices of one shape at once, at most.
+
+    Their directions, one by one and joined, and their moves; of this process's share, what an
+    iteration reads and writes.
+    """
+    width = PRECISIONS[config.precision].itemsize
+    largest = 0
+    for (rows, columns), count in matrices.items():
+        share = -(-count // num_ranks)
+        square = min(rows, columns) ** 2
+        own = 2 * rows * columns + 2 * square
+        largest = max(largest, 3 * max(count, share * num_ranks) * rows * columns + share * own)
+    return width * largest
 
 
 # --- traffic
@@ -252,8 +298,10 @@ def folding_bytes(bases: int, expert: int, count: int, width: int) -> int:
 
 def step_seconds(cost: StepCost, hardware: Hardware) -> dict[str, float]:
     """Return the seconds of a step by part, and of all, on a machine as described."""
+    rate = hardware.flops_per_second * hardware.flops_share
     parts = {
-        "network": cost.flops / (hardware.flops_per_second * hardware.flops_share),
+        "network": cost.flops / rate,
+        "orthogonal": cost.orthogonal_flops / rate,
         "passes": cost.moved_bytes / hardware.memory_bandwidth,
         "communication": sum(communication_seconds(cost, hardware)),
     }
@@ -274,6 +322,7 @@ def communication_seconds(cost: StepCost, hardware: Hardware) -> Iterator[float]
 
     if cost.group_size == 1:
         yield seconds(2 * cost.reduced_bytes, cost.num_ranks, cost.num_ranks)
+        yield seconds(cost.moves_bytes, cost.num_ranks, cost.num_ranks)
         return
     times, copies = cost.backward_passes, cost.num_ranks // cost.group_size
     inside = times * (cost.reduced_bytes + cost.gathered_bytes)

@@ -207,4 +207,6 @@ def command(config: PlanConfig, plans: Plans) -> list[str]:
     for flag in ("micro_batch_size", "shard_size"):
         if value := getattr(run, flag):
             words += [f"--{flag.replace('_', '-')}", str(value)]
+    if run.optimizer.algorithm != "adamw":
+        words += ["--algorithm", run.optimizer.algorithm]
     return words + [f"--{flag}" for flag in ("shard", "recompute") if getattr(run, flag)]

@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,6 +25,7 @@ __all__ = [
     "agree",
     "all_reduce",
     "barrier",
+    "by_shares",
     "num_ranks",
     "pick_device",
     "start",
@@ -148,6 +149,23 @@ def all_reduce(tensors: Iterable[Tensor]) -> int:
         for tensor, values in zip(group, torch.split(flat, sizes), strict=True):
             tensor.copy_(values.view_as(tensor))
     return sum(part.nbytes for part in parts + joined)
+
+
+def by_shares(work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Return what `work` makes of each row; every process does its share, and gets all.
+
+    Args:
+        work: (m, *) => (m, *) of the same type, each row alone.
+        rows: (n, *), the same in every process.
+    """
+    if not dist.is_initialized():
+        return work(rows)
+    count, num_ranks = len(rows), dist.get_world_size()
+    size = -(-count // num_ranks)
+    filled = torch.cat([rows, rows.new_zeros(size * num_ranks - count, *rows.shape[1:])])
+    own = work(filled.view(num_ranks, size, *rows.shape[1:])[dist.get_rank()]).contiguous()
+    dist.all_gather_into_tensor(filled.view(torch.uint8), own.view(torch.uint8))  # gloo: few types
+    return filled[:count]
 
 
 def num_ranks() -> int:

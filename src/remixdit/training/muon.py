@@ -9,18 +9,23 @@ https://kellerjordan.github.io/posts/muon). The factor gives an update the size 
 has, so learning rates of matrices carry over (arXiv:2502.16982).
 
 `torch.optim.Muon` does the same for parameters of two dimensions. Here each of K bases (K, O, I) is
-a matrix, a fused qkv weight is three, and equal shapes of all layers run as one batch. All other
-parameters, and the biases, are AdamW's.
+a matrix, a fused qkv weight is three, and equal shapes of all layers run as one batch, of which
+each of several processes makes its share orthogonal. All other parameters, and the biases, are
+AdamW's.
 
 Shapes: K bases, O out, I in, n matrices of equal shape.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MuonAdamW", "orthogonal"]
+from remixdit import distributed
+
+__all__ = ["MuonAdamW", "matrix_shape", "orthogonal", "orthogonal_flops"]
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's
@@ -50,9 +55,7 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in matrices:
-                    *_, rows, columns = parameter.shape
-                    fused = 3 if "qkv" in matrices[parameter] and rows == 3 * columns else 1
-                    shape = (rows // fused, columns)
+                    shape = matrix_shape(matrices[parameter], parameter.shape)
                     self.shapes.setdefault(shape, []).append((parameter, group))
 
     @torch.no_grad()
@@ -90,7 +93,8 @@ class MuonAdamW(torch.optim.AdamW):
             momentum.lerp_(gradient, 1 - MOMENTUM)
             direction = gradient.lerp_(momentum, MOMENTUM)  # nobody reads the gradient again
             directions.append(direction.view(-1, *shape).to(self.dtype))
-        moves = orthogonal(torch.cat(directions), self.dtype)
+        orthogonalise = partial(orthogonal, dtype=self.dtype)
+        moves = distributed.by_shares(orthogonalise, torch.cat(directions))
         taken = 1 if skipped is None else 1 - skipped
         parts = torch.split(moves, [len(part) for part in directions])
         for (parameter, group), move in zip(members, parts, strict=True):
@@ -103,6 +107,12 @@ class MuonAdamW(torch.optim.AdamW):
                 parameter.sub_(move.view(parameter.shape), alpha=size)
             else:
                 parameter.sub_(move.view(parameter.shape).to(parameter.dtype) * (size * taken))
+
+
+def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Return (O, I) of the matrices of a parameter, of which a fused qkv weight has three."""
+    *_, rows, columns = shape
+    return (rows // 3 if "qkv" in name and rows == 3 * columns else rows), columns
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,3 +131,9 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         square = torch.baddbmm(square, square, square, beta=b, alpha=c)
         found = torch.baddbmm(found, square, found, beta=a)
     return found.mT if is_tall else found
+
+
+def orthogonal_flops(shape: tuple[int, int]) -> int:
+    """Return the operations of `orthogonal` of one matrix (O, I)."""
+    short, long = sorted(shape)
+    return NUM_ITERATIONS * (2 * 2 * short * short * long + 2 * short**3)
