@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -46,11 +47,15 @@ def command(
 
 
 def launch(
-    line: str, num_processes: int = 2, code: int = 0, limit: float = 120, **start: str
+    line: str, num_processes: int = 2, code: int = 0, limit: float = 240, **start: str
 ) -> str:
     """Run a command on several processes; return what it wrote to stderr."""
     process = start_processes(line, num_processes, **start)
-    _, errors = process.communicate(timeout=limit)
+    try:
+        _, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers
+        pytest.fail(f"{line} took over {limit} seconds: {process.communicate(timeout=60)[1]}")
     assert process.returncode == code, errors
     return errors
 
