@@ -9,7 +9,7 @@ from remixdit.diffusion.expected_loss import (
     gradient_curve,
     natural_power,
 )
-from remixdit.diffusion.intervals import Intervals
+from remixdit.diffusion.intervals import Intervals, LogitNormal
 from remixdit.diffusion.noise import Diffusion, Flow
 
 PROCESSES = {
@@ -65,6 +65,25 @@ def test_intervals_hold_equal_parts_of_the_root_of_the_loss_and_of_the_log_snr()
     falls = -process.log_snr[ends].diff()
     both = (1 - LOG_SNR_SHARE) * parts / parts.sum() + LOG_SNR_SHARE * falls / falls.sum()
     torch.testing.assert_close(both, torch.full_like(both, 1 / 8), rtol=0.04, atol=0)
+
+
+def test_times_that_are_drawn_seldom_hold_less_of_the_gradient():
+    """Each interval's mass of drawn times, times its mean size, as against all of them."""
+    process, distribution = Flow(), LogitNormal()
+    intervals = Intervals.continuous_by_curve(
+        8, lambda times: gradient_curve(process, times, 16, 0.5, distribution)
+    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = distribution.quantile(
+        torch.rand(400_000, dtype=torch.float64, generator=generator).clamp(0.001, 0.999)
+    )
+    sizes = expected_losses(process, drawn, 16, 0.5).sqrt()
+    owners = intervals.expert_at(drawn)
+    parts = torch.stack([sizes[owners == n].sum() for n in range(8)]) / sizes.sum()
+    ends = torch.tensor([0.001, *intervals.boundaries[1:-1], 0.999], dtype=torch.float64)
+    falls = -process.log_snr(ends).diff()
+    both = (1 - LOG_SNR_SHARE) * parts + LOG_SNR_SHARE * falls / falls.sum()
+    torch.testing.assert_close(both, torch.full_like(both, 1 / 8), rtol=0.02, atol=0)
 
 
 def test_epsilon_has_more_intervals_where_its_gradient_is_larger_than_its_loss_says():

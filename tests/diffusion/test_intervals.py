@@ -116,6 +116,9 @@ def test_timesteps_are_uniform_inside_their_interval(num_experts):
 
 def test_logit_normal_masses_equal_the_share_of_draws():
     distribution = LogitNormal(0.5, 0.8)
+    grid = torch.linspace(0.05, 0.95, 20_001, dtype=torch.float64)
+    within = torch.trapezoid(distribution.density(grid), grid).item()
+    assert within == pytest.approx(distribution.cdf(0.95) - distribution.cdf(0.05), rel=1e-6)
     intervals = Intervals((0.0, 0.3, 0.6, 1.0), distribution)
     generator = generator_for(0, "normal")
     times = torch.sigmoid(0.5 + 0.8 * torch.randn(100_000, generator=generator))

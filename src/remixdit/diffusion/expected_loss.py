@@ -13,7 +13,8 @@ The gradient of an image has about the size of the root of its loss; of epsilon 
 grow to four times that at the least noisy timesteps, about as (1 + SNR / 100)^(1/4). Images drawn
 in proportion to that size give the least noisy gradient of a batch (importance sampling). So
 intervals are cut where four fifths of that size and one fifth of the log-SNR have moved by equal
-steps: the mixture leaves no timestep far behind if the guess is wrong.
+steps: the mixture leaves no timestep far behind if the guess is wrong. Where timesteps are not
+drawn uniformly, the size counts in proportion to their density.
 
 Shapes: T timesteps.
 """
@@ -21,7 +22,7 @@ Shapes: T timesteps.
 import torch
 from torch import Tensor
 
-from remixdit.diffusion.intervals import moved
+from remixdit.diffusion.intervals import LogitNormal, Uniform, moved
 from remixdit.diffusion.noise import Diffusion, Flow
 
 __all__ = ["LATENT_STD", "PIXEL_STD", "expected_losses", "gradient_curve"]
@@ -53,7 +54,13 @@ def expected_losses(process: Diffusion | Flow, times: Tensor, size: int, std: fl
     return error / noise[:, 0]
 
 
-def gradient_curve(process: Diffusion | Flow, times: Tensor, size: int, std: float) -> Tensor:
+def gradient_curve(
+    process: Diffusion | Flow,
+    times: Tensor,
+    size: int,
+    std: float,
+    distribution: Uniform | LogitNormal | None = None,
+) -> Tensor:
     """Return how much of the gradient is expected before each time: (T,) float64, from 0 to 1.
 
     Args:
@@ -61,11 +68,14 @@ def gradient_curve(process: Diffusion | Flow, times: Tensor, size: int, std: flo
         times: (T,) rising times, as `expected_losses` takes them.
         size: Height and width of the images or latents.
         std: Standard deviation of their values.
+        distribution: Distribution of the times of flow matching; None for uniform.
     """
     log_snr = process.log_snr[times] if isinstance(process, Diffusion) else process.log_snr(times)
     gradient = expected_losses(process, times, size, std).sqrt()
     if process.prediction_type == "epsilon":
         gradient *= (1 + log_snr.exp() / 100) ** 0.25
+    if distribution is not None:
+        gradient *= distribution.density(times.double())
     by_loss, by_log_snr = moved(gradient.cumsum(0) - gradient), moved(log_snr)
     return (1 - LOG_SNR_SHARE) * by_loss + LOG_SNR_SHARE * by_log_snr
 

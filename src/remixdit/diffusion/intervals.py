@@ -39,6 +39,10 @@ class Uniform:
         """Return the positions in [0, 1] with the given masses below them, float64."""
         return masses
 
+    def density(self, positions: Tensor) -> Tensor:
+        """Return how much more likely each of the positions in (0, 1) is than on average."""
+        return torch.ones_like(positions)
+
 
 @dataclass(frozen=True)
 class LogitNormal:
@@ -64,6 +68,12 @@ class LogitNormal:
     def quantile(self, masses: Tensor) -> Tensor:
         """Return the positions in [0, 1] with the given masses below them, float64."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(masses))
+
+    def density(self, positions: Tensor) -> Tensor:
+        """Return how much more likely each of the positions in (0, 1) is than on average."""
+        scores = (torch.logit(positions) - self.mean) / self.std
+        normal = torch.exp(-0.5 * scores.square()) / (self.std * math.sqrt(2 * math.pi))
+        return normal / (positions * (1 - positions))
 
 
 @dataclass(frozen=True)

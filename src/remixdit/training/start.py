@@ -17,7 +17,7 @@ from remixdit.data import ShardDataset, check_apart, is_shard_dir, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiT
 from remixdit.diffusion.expected_loss import LATENT_STD, PIXEL_STD, gradient_curve
-from remixdit.diffusion.intervals import Intervals, LogitNormal
+from remixdit.diffusion.intervals import Intervals, LogitNormal, Uniform
 from remixdit.diffusion.noise import Diffusion, Flow
 from remixdit.distributed.parallel import checksum_of, fill
 from remixdit.mixture.coefficients import initial_table
@@ -150,10 +150,13 @@ def training_strata(model: RemixConfig, config: TrainConfig) -> Intervals:
     only = config.objective.only_interval()
     strata = only[1] if only else strata
     if model.num_experts == 1 and strata > 1:
-        intervals = cut_intervals(model, strata, config.interval_policy)
-    if config.objective.logit_normal:
-        intervals = replace(intervals, distribution=LogitNormal())
-    return intervals
+        intervals = cut_intervals(model, strata, config.interval_policy, distribution_of(config))
+    return replace(intervals, distribution=distribution_of(config))
+
+
+def distribution_of(config: TrainConfig) -> Uniform | LogitNormal:
+    """Return the distribution of the training timesteps."""
+    return LogitNormal() if config.objective.logit_normal else Uniform()
 
 
 class Start(NamedTuple):
@@ -355,7 +358,8 @@ def target_config(config: TrainConfig, data: Outline, given: RemixDiT | None) ->
         return replace(target, boundaries=given.config.boundaries)
     if config.interval_policy == "uniform":
         return target
-    cut = cut_intervals(target, mixture.num_experts, config.interval_policy)
+    distribution = distribution_of(config)
+    cut = cut_intervals(target, mixture.num_experts, config.interval_policy, distribution)
     return replace(target, boundaries=cut.boundaries)
 
 
@@ -366,7 +370,12 @@ def class_names_of(config: TrainConfig, data: Outline, given: RemixDiT | None) -
     return given.config.class_names or data.class_names
 
 
-def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
+def cut_intervals(
+    config: RemixConfig,
+    count: int,
+    policy: str,
+    distribution: Uniform | LogitNormal | None = None,
+) -> Intervals:
     """Cut the timesteps of a model's noise process into intervals.
 
     Args:
@@ -374,6 +383,8 @@ def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
         count: Number of intervals.
         policy: What is equal in all of them: "uniform" (width in timesteps), "log_snr" (width in
             log-SNR) or "loss" (the gradient to expect).
+        distribution: Distribution of the times of flow matching, on which the gradient depends;
+            None for uniform.
     """
     process: Diffusion | Flow = noise_process(config)
     std = PIXEL_STD if config.is_of_pixels else LATENT_STD
@@ -389,6 +400,5 @@ def cut_intervals(config: RemixConfig, count: int, policy: str) -> Intervals:
         return Intervals.continuous(count)
     if policy == "log_snr":
         return Intervals.continuous_by_curve(count, process.log_snr)
-    return Intervals.continuous_by_curve(
-        count, partial(gradient_curve, process, size=size, std=std)
-    )
+    curve = partial(gradient_curve, process, size=size, std=std, distribution=distribution)
+    return Intervals.continuous_by_curve(count, curve)
