@@ -257,12 +257,17 @@ def test_processes_share_the_work_of_muon():
         for optimizer, ranks in ((muon, 1), (muon, 8), (OptimizerConfig(), 8))
     )
     assert adamw.orthogonal_flops == adamw.moves_bytes == adamw.memory["orthogonal"] == 0
+    assert adamw.moved["muon"] == alone.moves_bytes == 0
+    assert 0 < eight.moved["muon"] < alone.moved["muon"] < alone.moved["update"] * 4
     assert eight.orthogonal_flops == alone.orthogonal_flops / 8
     # In B/2 each of 4 bases has 4 square matrices a block and two of 4 times the width.
     square, wide = orthogonal_flops((768, 768)), orthogonal_flops((768, 3072))
     assert alone.orthogonal_flops == 12 * 4 * (4 * square + 2 * wide)
     assert eight.moves_bytes == 2 * 12 * 4 * (4 + 8) * 768**2
     assert adamw.memory["moments"] - eight.memory["moments"] == 2 * eight.moves_bytes
+    # Five processes fill up what does not divide: 12 x 4 x 4 matrices as 5 x 39.
+    five = step_cost(b2(batch_size=5 * 32, optimizer=muon), 5)
+    assert five.moves_bytes == 2 * (5 * 39 + 4 * 5 * 10 * 2) * 768**2
     parts = step_seconds(eight, H100)
     assert parts["orthogonal"] == eight.orthogonal_flops / (0.4 * 989e12)
     assert parts["communication"] > step_seconds(adamw, H100)["communication"]

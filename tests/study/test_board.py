@@ -106,6 +106,9 @@ def test_a_cell_starts_from_what_went_first(name, given):
     assert [own.init_from, *own.further_bases] == [str(part.output_dir) for part in first]
     images = sum(part.steps * part.batch_size for part in first)
     assert images == 80 * 8 * variant(name).first_share
+    faster = first_parts(config, Cell(f"{name}@2", 0), start, EVEN)
+    rates = [part.optimizer.learning_rate for part in (*first[:1], *faster)]
+    assert rates[1:] == [2 * rates[0]] * len(faster)
 
 
 def test_a_leaderboard_trains_every_kind_of_variant_for_equal_seconds(given, tmp_path):

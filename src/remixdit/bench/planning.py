@@ -120,8 +120,8 @@ def make_plans(config: PlanConfig) -> Plans:
         least = min(plan.memory_bytes for plan in found.values()) / (1 - LEFT_FREE)
         raise ValueError(
             f"gpu must have at least {math.ceil(least / GB * 10) / 10:g}GB for one image at a time "
-            f"of {config.network} on {config.gpus} of them, got {config.gpu}; `train --rank 16` "
-            "takes less, which is not computed here"
+            f"of {config.network} on {config.gpus} of them, got {config.gpu}; `train --rank 16`, "
+            "with adamw, takes less, which is not computed here"
         )
     order = sorted(found, key=lambda k: (k != chosen, k))
     plans = [found[k] for k in order]

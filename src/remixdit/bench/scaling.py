@@ -79,7 +79,7 @@ class StepCost:
     across_bytes: int
     """Bytes of gradient slices that the groups then reduce among each other (HSDP)."""
     moves_bytes: int
-    """Bytes of matrices that Muon made orthogonal, gathered from all processes."""
+    """Bytes of matrices that Muon made orthogonal, gathered from several processes."""
     gathered_bytes: int
     """Bytes of parameters gathered, forward and again backward (FSDP2)."""
     backward_passes: int = 1
@@ -120,13 +120,15 @@ def step_cost(config: TrainConfig, num_ranks: int = 1, model: RemixDiT | None = 
         flops=training_flops(config.network, images) * (4 if config.recompute else 3) // 3,
         memory=memory(config, model, parameters, size, images)
         | {"orthogonal": orthogonal_bytes(config, matrices, num_ranks)},
-        moved=moved(config, parameters, batches, size),
+        moved=moved(config, parameters, batches, size)
+        | {"muon": muon_bytes(config, matrices, num_ranks)},
         orthogonal_flops=sum(
-            -(-count // num_ranks) * orthogonal_flops(shape) for shape, count in matrices.items()
+            share_of(count, num_ranks) * orthogonal_flops(shape)
+            for shape, count in matrices.items()
         ),
         reduced_bytes=reduced,
         across_bytes=own if 1 < size < num_ranks else 0,
-        moves_bytes=PRECISIONS[config.precision].itemsize * numbers_of(matrices),
+        moves_bytes=moves_bytes(config, matrices, num_ranks),
         gathered_bytes=gathered_bytes(parameters) if size > 1 else 0,
         backward_passes=len(batches),
     )
@@ -218,6 +220,11 @@ def numbers_of(matrices: dict[tuple[int, int], int]) -> int:
     return sum(count * rows * columns for (rows, columns), count in matrices.items())
 
 
+def share_of(count: int, num_ranks: int) -> int:
+    """Return how many of the matrices of one shape each process makes orthogonal."""
+    return -(-count // num_ranks)
+
+
 def orthogonal_bytes(
     config: TrainConfig, matrices: dict[tuple[int, int], int], num_ranks: int
 ) -> int:
@@ -229,7 +236,7 @@ def orthogonal_bytes(
     width = PRECISIONS[config.precision].itemsize
     largest = 0
     for (rows, columns), count in matrices.items():
-        share = -(-count // num_ranks)
+        share = share_of(count, num_ranks)
         square = min(rows, columns) ** 2
         own = 2 * rows * columns + 2 * square
         largest = max(largest, 3 * max(count, share * num_ranks) * rows * columns + share * own)
@@ -237,6 +244,27 @@ def orthogonal_bytes(
 
 
 # --- traffic
+
+
+def moves_bytes(config: TrainConfig, matrices: dict[tuple[int, int], int], num_ranks: int) -> int:
+    """Return the bytes of the orthogonal matrices that each process gathers: equal shares."""
+    if num_ranks == 1:
+        return 0
+    every = {shape: num_ranks * share_of(count, num_ranks) for shape, count in matrices.items()}
+    return PRECISIONS[config.precision].itemsize * numbers_of(every)
+
+
+def muon_bytes(config: TrainConfig, matrices: dict[tuple[int, int], int], num_ranks: int) -> int:
+    """Return the bytes that Muon reads and writes beyond what `update` counts for AdamW.
+
+    In float32 where (3 passes), two times lerp (6), a rounding (1), and the update (6), in the
+    precision of the arithmetic roundings, joining and filling (6), and of a share five iterations
+    (5 each) and the scaling before them (3).
+    """
+    width = PRECISIONS[config.precision].itemsize
+    shares = {shape: share_of(count, num_ranks) for shape, count in matrices.items()}
+    whole, own = numbers_of(matrices), numbers_of(shares)
+    return whole * (16 * FLOAT + 6 * width - 7 * FLOAT) + own * (5 * 5 + 3) * width
 
 
 def gathered_bytes(parameters: list[Counted]) -> int:

@@ -100,7 +100,7 @@ def first_parts(
     chosen = variant(cell.variant)
     if not chosen.first:
         return ()
-    first = variant(chosen.first)
+    first = replace(variant(chosen.first), learning_rate_factor=chosen.learning_rate_factor)
     common = common_run(config, cell, start)
     steps, place = steps_before(config, chosen, ratios), cell_dir(config, cell) / "first"
     run = replace(run_config(first, common), steps=steps, output_dir=place)
