@@ -12,8 +12,8 @@ from remixdit.diffusion.noise import Diffusion
 from remixdit.model.model import RemixDiT
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, TrainConfig
 from remixdit.training.plan import Planner
-from remixdit.training.start import cut_intervals, training_strata
 from remixdit.training.step import Window, gradients
+from remixdit.training.strata import cut_intervals, training_strata
 from tests.tiny import perturb, tiny_dit
 
 

@@ -12,7 +12,7 @@ from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfi
 from remixdit.training.loop import train
 from remixdit.training.optimizer import OptimizerConfig
 from remixdit.training.run import COEFFICIENTS_FILE, read_metrics
-from remixdit.training.start import cut_intervals
+from remixdit.training.strata import cut_intervals
 
 
 @pytest.fixture(scope="module")

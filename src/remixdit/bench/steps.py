@@ -23,7 +23,8 @@ from remixdit.model.config import noise_process
 from remixdit.seeds import generator_for
 from remixdit.training.config import PRECISIONS, TrainConfig
 from remixdit.training.plan import Inputs, Planner
-from remixdit.training.start import Outline, settled, starting_model, target_config, training_strata
+from remixdit.training.start import Outline, settled, starting_model, target_config
+from remixdit.training.strata import training_strata
 from remixdit.training.trainer import Training, compile_blocks
 
 __all__ = ["Builder", "inputs_of", "naive_step", "our_step", "training_of", "training_variants"]

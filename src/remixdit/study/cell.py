@@ -61,7 +61,7 @@ from remixdit.study.variants import START, variant
 from remixdit.training.config import TrainConfig
 from remixdit.training.loop import train
 from remixdit.training.run import read_metrics
-from remixdit.training.start import training_strata
+from remixdit.training.strata import training_strata
 
 __all__ = ["run_cell"]
 

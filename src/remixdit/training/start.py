@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from remixdit.data import ShardDataset, check_apart, is_shard_dir, open_source
 from remixdit.data.autoencoder import Pixels
 from remixdit.diffusion.dit import DiT
-from remixdit.diffusion.expected_loss import LATENT_STD, PIXEL_STD, gradient_curve
-from remixdit.diffusion.intervals import Intervals, LogitNormal, Uniform
-from remixdit.diffusion.noise import Diffusion, Flow
 from remixdit.distributed.parallel import checksum_of, fill
 from remixdit.mixture.coefficients import initial_table
 from remixdit.mixture.low_rank import initial_pair
-from remixdit.model.config import RemixConfig, noise_process
+from remixdit.model.config import RemixConfig
 from remixdit.model.loading import (
     load_model,
     model_config,
@@ -54,6 +51,7 @@ from remixdit.training.several import (
     refuse_unmixed_differences,
     stacked_weights,
 )
+from remixdit.training.strata import cut_intervals, distribution_of, training_strata
 
 __all__ = [
     "Outline",
@@ -65,7 +63,6 @@ __all__ = [
     "side_of_data",
     "starting_model",
     "stretched_schedules",
-    "training_strata",
 ]
 
 
@@ -142,21 +139,6 @@ def stretched_schedules(config: TrainConfig) -> str:
         f"{done} this run is one of {before} steps, from there on one of {config.steps}, so its "
         "result is that of neither"
     )
-
-
-def training_strata(model: RemixConfig, config: TrainConfig) -> Intervals:
-    """Return the intervals in which timesteps are drawn: the experts', or a plain DiT's strata."""
-    intervals, strata = model.intervals(), config.objective.timestep_strata
-    only = config.objective.only_interval()
-    strata = only[1] if only else strata
-    if model.num_experts == 1 and strata > 1:
-        intervals = cut_intervals(model, strata, config.interval_policy, distribution_of(config))
-    return replace(intervals, distribution=distribution_of(config))
-
-
-def distribution_of(config: TrainConfig) -> Uniform | LogitNormal:
-    """Return the distribution of the training timesteps."""
-    return LogitNormal() if config.objective.logit_normal else Uniform()
 
 
 class Start(NamedTuple):
@@ -368,37 +350,3 @@ def class_names_of(config: TrainConfig, data: Outline, given: RemixDiT | None) -
     if given is None or config.new_labels or not are_numbers(data.class_names):
         return data.class_names
     return given.config.class_names or data.class_names
-
-
-def cut_intervals(
-    config: RemixConfig,
-    count: int,
-    policy: str,
-    distribution: Uniform | LogitNormal | None = None,
-) -> Intervals:
-    """Cut the timesteps of a model's noise process into intervals.
-
-    Args:
-        config: Configuration of the model.
-        count: Number of intervals.
-        policy: What is equal in all of them: "uniform" (width in timesteps), "log_snr" (width in
-            log-SNR) or "loss" (the gradient to expect).
-        distribution: Distribution of the times of flow matching, on which the gradient depends;
-            None for uniform.
-    """
-    process: Diffusion | Flow = noise_process(config)
-    std = PIXEL_STD if config.is_of_pixels else LATENT_STD
-    size = config.network.input_size
-    if isinstance(process, Diffusion):
-        if policy == "uniform":
-            return Intervals.uniform(count, config.num_train_timesteps)
-        if policy == "log_snr":
-            return Intervals.by_curve(count, process.log_snr)
-        times = torch.arange(config.num_train_timesteps)
-        return Intervals.by_curve(count, gradient_curve(process, times, size, std))
-    if policy == "uniform":
-        return Intervals.continuous(count)
-    if policy == "log_snr":
-        return Intervals.continuous_by_curve(count, process.log_snr)
-    curve = partial(gradient_curve, process, size=size, std=std, distribution=distribution)
-    return Intervals.continuous_by_curve(count, curve)

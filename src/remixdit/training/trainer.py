@@ -29,8 +29,9 @@ from remixdit.training.optimizer import (
 )
 from remixdit.training.plan import Inputs, Planner
 from remixdit.training.skipped import MAX_IN_A_ROW, Skipped, bad_positions, refusal
-from remixdit.training.start import Start, training_strata
+from remixdit.training.start import Start
 from remixdit.training.step import Window, gradients
+from remixdit.training.strata import training_strata
 
 __all__ = ["Training"]
 
