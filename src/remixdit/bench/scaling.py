@@ -118,7 +118,7 @@ def step_cost(config: TrainConfig, num_ranks: int = 1, model: RemixDiT | None = 
         group_size=size,
         images=images,
         flops=training_flops(config.network, images) * (4 if config.recompute else 3) // 3,
-        memory=memory(config, model, parameters, size, images)
+        memory=memory(config, model, parameters, numbers_of(matrices), size, images)
         | {"orthogonal": orthogonal_bytes(config, matrices, num_ranks)},
         moved=moved(config, parameters, batches, size)
         | {"muon": muon_bytes(config, matrices, num_ranks)},
@@ -166,9 +166,23 @@ def outline(config: TrainConfig) -> RemixDiT:
 
 
 def memory(
-    config: TrainConfig, model: RemixDiT, parameters: list[Counted], size: int, images: int
+    config: TrainConfig,
+    model: RemixDiT,
+    parameters: list[Counted],
+    moved_by_muon: int,
+    size: int,
+    images: int,
 ) -> dict[str, int]:
-    """Return the bytes of memory of one process, by part."""
+    """Return the bytes of memory of one process, by part.
+
+    Args:
+        config: The run.
+        model: Its outline.
+        parameters: All of them.
+        moved_by_muon: Numbers of the matrices that Muon moves.
+        size: G.
+        images: Images that this process runs.
+    """
     dtype = PRECISIONS[config.precision]
     trained = [p for p in parameters if p.is_trained]
     own = FLOAT * sum(p.own for p in parameters)
@@ -182,8 +196,7 @@ def memory(
     return {
         "parameters": own + buffers,
         # AdamW counts the steps of each; of matrices Muon has the first moment alone.
-        "moments": 2 * gradients
-        + FLOAT * (len(trained) - numbers_of(matrices_by_shape(config, parameters))),
+        "moments": 2 * gradients + FLOAT * (len(trained) - moved_by_muon),
         "average": gradients,
         "gradients": gradients,
         "gathered": gathered_at_once(parameters) if size > 1 else 0,
@@ -239,7 +252,7 @@ def orthogonal_bytes(
         share = share_of(count, num_ranks)
         square = min(rows, columns) ** 2
         own = 2 * rows * columns + 2 * square
-        largest = max(largest, 3 * max(count, share * num_ranks) * rows * columns + share * own)
+        largest = max(largest, 3 * share * num_ranks * rows * columns + share * own)
     return width * largest
 
 
@@ -257,9 +270,9 @@ def moves_bytes(config: TrainConfig, matrices: dict[tuple[int, int], int], num_r
 def muon_bytes(config: TrainConfig, matrices: dict[tuple[int, int], int], num_ranks: int) -> int:
     """Return the bytes that Muon reads and writes beyond what `update` counts for AdamW.
 
-    In float32 where (3 passes), two times lerp (6), a rounding (1), and the update (6), in the
-    precision of the arithmetic roundings, joining and filling (6), and of a share five iterations
-    (5 each) and the scaling before them (3).
+    Passes over all matrices in float32: the choice of a skipped step (3), two lerps (6), a rounding
+    (1), the update (6); in the precision of the arithmetic: roundings, joining, filling (6); over
+    this process's share: the scaling (3) and five iterations of 5.
     """
     width = PRECISIONS[config.precision].itemsize
     shares = {shape: share_of(count, num_ranks) for shape, count in matrices.items()}
