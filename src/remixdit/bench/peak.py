@@ -30,7 +30,11 @@ from remixdit.machine import (
 __all__ = ["VARIANTS", "peak_bytes"]
 
 # Of glibc: blocks from this size on have pages of their own, which are given back at once.
-OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+OWN_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "THP_MEM_ALLOC_ENABLE": "0",  # torch's pages of 2 MB would round the figure up
+}
 VARIANTS = {"train": training_variants, "sample": sampling_variants}
 
 

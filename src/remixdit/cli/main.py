@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from remixdit import __version__
+from remixdit.cli.memory import keep_memory
 from remixdit.figures.text import one_line
 
 __all__ = ["main"]
@@ -41,6 +42,8 @@ COMMANDS = {
     "completion": ("completion", "bash, zsh or fish: a script that completes commands and flags"),
 }
 
+TRAINING = {"quickstart", "train", "study", "bench"}  # commands that repeat the same step
+
 # Of safetensors, which is not imported just to be named: what its files meet on a full disk.
 MACHINE_ERRORS = ("SafetensorError",)
 
@@ -64,7 +67,7 @@ remixdit --version         prints the version
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    args = sys.argv[1:] if args is None else list(args)
+    args = own_arguments() if args is None else list(args)
     log_to_stderr()
     # It deprecates what diffusers does, which is not news for the user.
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
@@ -84,6 +87,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if type(error).__name__ not in MACHINE_ERRORS:
             raise
         return failed(error, 1)
+
+
+def own_arguments() -> list[str]:
+    """Return the arguments of this process, which is ours, and so is how it keeps its memory."""
+    if set(sys.argv[1:2]) & TRAINING:
+        keep_memory()
+    return sys.argv[1:]
 
 
 def run(args: Sequence[str]) -> int:
