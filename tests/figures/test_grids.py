@@ -114,7 +114,15 @@ def test_a_long_name_takes_two_lines_and_ends_in_an_ellipsis():
     assert first == "Staffordshire"
     assert second.endswith("…")
     assert all(grids._length(line) <= 100 for line in wrapped("x" * 300))
-    assert "".join(wrapped("abcdefghijklmnop")) == "abcdefghijklmnop"
+    first, second = wrapped("abcdefghijklmnop")
+    assert first.removesuffix("-") + second == "abcdefghijklmnop"
+
+
+def test_a_word_is_broken_with_a_hyphen_and_three_letters_on_both_sides():
+    first, second = wrapped("automobile", room=grids._length("automobil"))
+    assert (first, second) == ("automob-", "ile")
+    assert wrapped("b" * 8, room=grids._length("bb-")) == ["bb", "b…"]  # too narrow for that
+    assert "-" not in "".join(wrapped("2024_07_31_13_59_59"))
 
 
 @pytest.fixture

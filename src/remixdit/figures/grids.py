@@ -19,6 +19,7 @@ MIN_CELL = 64  # pixels: smaller images are enlarged to at least this
 FONT_SIZE, TITLE_SIZE = 14, 17  # pixels
 LINE = FONT_SIZE + 3  # pixels from one line of text to the next
 MAX_MARGIN = 240  # pixels for the labels of rows
+LEAST_LETTERS = 3  # of a broken word, before its hyphen and after
 FRAME = 5  # pixels of colour around an image
 GREY = "#555555"  # what is written below the title
 
@@ -166,13 +167,21 @@ def _wrapped(text: str, room: float, size: int = FONT_SIZE, lines: int = 2) -> l
             while count > 1 and _length(" ".join(rest[:count]), size) > room:
                 count -= 1
             if _length(rest[0], size) > room:  # a word, or a text of a script without spaces
-                split = _fitting(rest[0], room, size)
-                rest[:1] = [rest[0][:split], rest[0][split:]]
+                rest[:1] = _broken(rest[0], room, size)
             found.append(" ".join(rest[:count]))
             rest = rest[count:]
         if rest:
             found.append(_cut(" ".join(rest), room, size))
     return found
+
+
+def _broken(word: str, room: float, size: int) -> list[str]:
+    """Return a word in two parts, of which the first fits into some pixels."""
+    split = min(_fitting(word, room - _length("-", size), size), len(word) - LEAST_LETTERS)
+    if word.isascii() and word.isalpha() and split >= LEAST_LETTERS:
+        return [word[:split] + "-", word[split:]]
+    split = _fitting(word, room, size)
+    return [word[:split], word[split:]]
 
 
 def _fitting(text: str, room: float, size: int) -> int:
