@@ -121,6 +121,8 @@ def test_a_long_name_takes_two_lines_and_ends_in_an_ellipsis():
 def test_a_word_is_broken_with_a_hyphen_and_three_letters_on_both_sides():
     first, second = wrapped("automobile", room=grids._length("automobil"))
     assert (first, second) == ("automob-", "ile")
+    assert wrapped("automobile,", room=grids._length("automobil")) == ["automob-", "ile,"]
+    assert wrapped("Straßenbahn", room=grids._length("Straßen-") + 2) == ["Straßen-", "bahn"]
     assert wrapped("b" * 8, room=grids._length("bb-")) == ["bb", "b…"]  # too narrow for that
     assert "-" not in "".join(wrapped("2024_07_31_13_59_59"))
 

@@ -20,6 +20,7 @@ FONT_SIZE, TITLE_SIZE = 14, 17  # pixels
 LINE = FONT_SIZE + 3  # pixels from one line of text to the next
 MAX_MARGIN = 240  # pixels for the labels of rows
 LEAST_LETTERS = 3  # of a broken word, before its hyphen and after
+END_OF_LATIN = "\u0250"
 FRAME = 5  # pixels of colour around an image
 GREY = "#555555"  # what is written below the title
 
@@ -177,8 +178,9 @@ def _wrapped(text: str, room: float, size: int = FONT_SIZE, lines: int = 2) -> l
 
 def _broken(word: str, room: float, size: int) -> list[str]:
     """Return a word in two parts, of which the first fits into some pixels."""
-    split = min(_fitting(word, room - _length("-", size), size), len(word) - LEAST_LETTERS)
-    if word.isascii() and word.isalpha() and split >= LEAST_LETTERS:
+    letters = word.rstrip(",.;:")
+    split = min(_fitting(word, room - _length("-", size), size), len(letters) - LEAST_LETTERS)
+    if letters.isalpha() and max(letters) < END_OF_LATIN and split >= LEAST_LETTERS:
         return [word[:split] + "-", word[split:]]
     split = _fitting(word, room, size)
     return [word[:split], word[split:]]
