@@ -127,7 +127,8 @@ def data_dir(config: QuickstartConfig, part: str) -> Path:
 
 def stage_config(config: QuickstartConfig, stage: str) -> TrainConfig:
     """Return the run of a stage; "continued" and "remixed" differ in the mixture alone."""
-    plain = MixtureConfig(num_bases=1, num_experts=1)
+    # Intervals as those of the figures, which are easier to read at equal widths.
+    plain = MixtureConfig(num_bases=1, num_experts=1, intervals="uniform")
     # Of the objectives, v learns legible digits in the fewest steps (docs/log.md).
     stratified = ObjectiveConfig(prediction_type="v_prediction", timestep_strata=config.num_experts)
     pretrained = TrainConfig(
@@ -165,7 +166,7 @@ def stage_config(config: QuickstartConfig, stage: str) -> TrainConfig:
     )
     if stage == "continued":
         return continued
-    mixture = MixtureConfig(num_bases=config.num_bases, num_experts=config.num_experts)
+    mixture = replace(plain, num_bases=config.num_bases, num_experts=config.num_experts)
     return replace(continued, mixture=mixture, objective=replace(stratified, timestep_strata=0))
 
 

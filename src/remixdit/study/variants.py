@@ -301,7 +301,7 @@ def independent_runs(variant: Variant, run: TrainConfig) -> tuple[TrainConfig, .
     policy = run.mixture.intervals
     if variant.shares_batches:
         # Cut as those of experts that share every batch are.
-        steps, batch_size, policy = run.steps, run.batch_size // count, shared_policy(run)
+        steps, batch_size, policy = run.steps, run.batch_size // count, "loss"
     if min(steps, batch_size) < 1:
         raise ValueError(
             f"steps and batch_size must be at least the {count} independent experts, "
@@ -319,11 +319,6 @@ def independent_runs(variant: Variant, run: TrainConfig) -> tuple[TrainConfig, .
         )
         for expert in range(count)
     )
-
-
-def shared_policy(run: TrainConfig) -> str:
-    """Return the policy of intervals where every step holds all of them."""
-    return "loss" if run.objective.prediction_type == "epsilon" else "uniform"
 
 
 def strata_of(mixture: MixtureConfig, batch_size: int) -> int:

@@ -384,16 +384,14 @@ class TrainConfig:
         """What the intervals have in equal parts: uniform, log_snr or loss.
 
         A batch spread so that every interval holds as much of the gradient has the least noisy
-        sum. Of a network that predicts noise this was seen to pay (docs/results/leaderboard); the
-        loss of other predictions varies little with the timestep. With fewer experts in a step
+        sum. Of all predictions this was seen to pay (docs/log.md). With fewer experts in a step
         each is drawn in proportion to its timesteps.
         """
         if self.mixture.intervals != "auto":
             return self.mixture.intervals
         total = max(self.mixture.num_experts, self.objective.timestep_strata)
         together = self.strata_per_step == total > 1
-        predicts_noise = self.objective.prediction_type in ("auto", "epsilon")
-        return "loss" if together and predicts_noise else "uniform"
+        return "loss" if together else "uniform"
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
