@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from remixdit.diffusion.intervals import Intervals
+from remixdit.diffusion.intervals import Intervals, LogitNormal
 from remixdit.model.config import RemixConfig
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
@@ -15,6 +15,7 @@ from remixdit.training.adapting import resampled
 from remixdit.training.config import MixtureConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from remixdit.training.loop import train
 from remixdit.training.start import Outline, Start, starting_model
+from remixdit.training.strata import cut_intervals
 from tests.tiny import batch, perturb, tiny_config, tiny_dit
 
 PETS = ("cat", "dog", "elk")
@@ -167,4 +168,5 @@ def test_continuous_time_is_taken_from_a_model_too(tmp_path):
     model.save_pretrained(tmp_path)
     found = started(tmp_path, num_experts=4, objective=ObjectiveConfig(logit_normal=True)).config
     assert found.is_flow
-    assert found.boundaries == (0, 0.25, 0.5, 0.75, 1)
+    assert found.boundaries == cut_intervals(found, 4, "loss", LogitNormal()).boundaries
+    assert isinstance(found.boundaries[0], float)
