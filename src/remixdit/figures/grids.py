@@ -20,7 +20,7 @@ FONT_SIZE, TITLE_SIZE = 14, 17  # pixels
 LINE = FONT_SIZE + 3  # pixels from one line of text to the next
 MAX_MARGIN = 240  # pixels for the labels of rows
 LEAST_LETTERS = 3  # of a broken word, before its hyphen and after
-END_OF_LATIN = "\u0250"
+END_OF_LATIN = "\u0250"  # letters below it are European, and words of them have hyphens
 FRAME = 5  # pixels of colour around an image
 GREY = "#555555"  # what is written below the title
 

@@ -64,7 +64,7 @@ class MixtureConfig:
     not given, 8 for several networks."""
     intervals: str = "auto"
     """What intervals hold equal parts of: uniform (timesteps), log_snr, loss (the gradient, by the
-    loss to expect), or auto, which is loss where it was seen to pay."""
+    loss to expect), or auto, which is loss if every step holds all intervals, else uniform."""
     prior_strength: float = 0.0
     """Weight of the prior, which pulls each expert to its own basis (gamma)."""
     prior_schedule: str = "linear"
