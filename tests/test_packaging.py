@@ -88,24 +88,23 @@ def clean(words: list[str | Path], directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """Return the programs of an empty environment into which the wheel was installed.
+    """Return the programs of an empty environment with the wheel, which was built from the sdist.
 
     REMIXDIT_PYTHON names another Python, such as python3.13.
     """
     directory = tmp_path_factory.mktemp("installed")
     python = os.environ.get("REMIXDIT_PYTHON", sys.executable)
-    clean([python, "-m", "venv", directory / "venv"], directory)
+    for name in ("builder", "venv"):
+        clean([python, "-m", "venv", directory / name], directory)
+    builder = [directory / "builder" / "bin" / "python", "-m"]
+    words = [*builder, "pip", "-q", "install", "build", "hatchling"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no packages: {done.stderr.strip().splitlines()[-1]}")
+    clean([*builder, "build", "-o", "dist", REPOSITORY], directory)
+    (wheel,) = (directory / "dist").glob("*.whl")
     programs = directory / "venv" / "bin"
     pip = [programs / "python", "-m", "pip", "-q"]
-    built = subprocess.run(
-        [*pip, "wheel", "--no-deps", "-w", directory / "dist", REPOSITORY],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if built.returncode:
-        pytest.skip(f"no packages: {built.stderr.strip().splitlines()[-1]}")
-    (wheel,) = (directory / "dist").glob("*.whl")
     version = torch.__version__.partition("+")[0]
     clean([*pip, "install", f"torch=={version}", wheel], directory)
     return programs
