@@ -315,6 +315,17 @@ def test_other_settings_in_the_same_directory_are_refused(finished):
         list(study(replace(finished, steps=5)))
 
 
+def test_two_studies_cannot_write_to_one_directory(given, tmp_path):
+    config = config_for(given, tmp_path / "study", variants="start", seeds=1)
+    first = study(config)
+    next(first)
+    with pytest.raises(ValueError, match=r"one run at a time, got .*study, to which process \d+"):
+        next(study(config))
+    finish(first)
+    (progress,) = study(config)  # nothing is left that keeps others out, or to do
+    assert progress.done == 1
+
+
 def test_a_study_keeps_the_weights_of_the_run_that_it_began_with(given, tmp_path):
     """A run that trains on, and prunes its checkpoints, changes nothing of a study."""
     shutil.copytree(given[2], tmp_path / "run")

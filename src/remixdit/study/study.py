@@ -41,7 +41,7 @@ from remixdit.study.report import write_study
 from remixdit.study.runs import START_DIR, Cell, common_run, parts_of, result_path
 from remixdit.study.speeds import measure_speeds, missing_speeds, ratios_of, read_speeds
 from remixdit.study.variants import START, chosen_variants, variant
-from remixdit.training.run import check_run, claim_run, stated_settings
+from remixdit.training.run import check_run, claim_run, is_new, only_run, stated_settings
 from remixdit.training.start import outline_of, side_of_data
 
 __all__ = ["study"]
@@ -52,14 +52,23 @@ MAY_CHANGE |= {"init_from", "start_digest"}  # the digest is compared, under wha
 
 
 def study(config: StudyConfig) -> Iterator[Progress]:
-    """Run the missing cells, then write the report; progress is reported after every cell."""
+    """Run the missing cells, then write the report; progress is reported after every cell.
+
+    Raises:
+        ValueError: The settings do not fit together, or the directory; another study writes to it.
+    """
     cells, start = cells_of(config), load_model(config.init_from)
     refuse_unfit(config, cells, start)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = {**settings_of(config), "start_digest": weights_digest(start)}
-    check_study(config.output_dir, settings)
-    claim_run(config.output_dir, settings)
-    keep_start(config, start)
+    with only_run(config.output_dir):  # two at once would train the same cells
+        settings = {**settings_of(config), "start_digest": weights_digest(start)}
+        check_study(config.output_dir, settings)
+        claim_run(config.output_dir, settings)
+        keep_start(config, start)
+        yield from missing_cells(config, cells)
+
+
+def missing_cells(config: StudyConfig, cells: list[Cell]) -> Iterator[Progress]:
+    """Run what is missing of a study, whose directory is its own."""
     missing = [cell for cell in cells if not result_path(config, cell).is_file()]
     done, stage = len(cells) - len(missing), f"study {config.name}"
     yield Progress(stage, done, len(cells))
@@ -81,7 +90,7 @@ def settings_of(config: StudyConfig) -> dict[str, Any]:
 def check_study(directory: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume under other settings, or in a directory that holds no study."""
     stated = stated_settings(directory)
-    if stated is None and any(directory.iterdir()):
+    if stated is None and not is_new(directory):
         raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
     ours = settings["start_digest"]
     if (stated or {}).get("start_digest", ours) != ours:

@@ -33,6 +33,7 @@ __all__ = [
     "check_run",
     "claim_run",
     "cut_metrics",
+    "is_new",
     "location",
     "only_run",
     "read_metrics",
