@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 
 from remixdit.data import EncodeConfig, encode, open_source
+from remixdit.files import PARTIAL_SUFFIX
 from remixdit.model.loading import load_model
 from remixdit.model.model import RemixDiT
 from remixdit.progress import finish
@@ -313,6 +314,15 @@ def test_data_of_other_classes_than_the_start_are_refused_before_anything_is_wri
 def test_other_settings_in_the_same_directory_are_refused(finished):
     with pytest.raises(ValueError, match="steps was 4, now 5"):
         list(study(replace(finished, steps=5)))
+
+
+def test_nothing_is_removed_from_a_directory_that_holds_no_study(given, tmp_path):
+    (tmp_path / f".model{PARTIAL_SUFFIX}").touch()
+    (tmp_path / "notes.txt").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="output_dir must be empty or hold a study"):
+        next(study(config_for(given, tmp_path, seeds=1)))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_two_studies_cannot_write_to_one_directory(given, tmp_path):

@@ -59,9 +59,9 @@ def study(config: StudyConfig) -> Iterator[Progress]:
     """
     cells, start = cells_of(config), load_model(config.init_from)
     refuse_unfit(config, cells, start)
+    settings = {**settings_of(config), "start_digest": weights_digest(start)}
+    check_study(config.output_dir, settings)
     with only_run(config.output_dir):  # two at once would train the same cells
-        settings = {**settings_of(config), "start_digest": weights_digest(start)}
-        check_study(config.output_dir, settings)
         claim_run(config.output_dir, settings)
         keep_start(config, start)
         yield from missing_cells(config, cells)
@@ -90,7 +90,7 @@ def settings_of(config: StudyConfig) -> dict[str, Any]:
 def check_study(directory: Path, settings: dict[str, Any]) -> None:
     """Refuse to resume under other settings, or in a directory that holds no study."""
     stated = stated_settings(directory)
-    if stated is None and not is_new(directory):
+    if stated is None and directory.is_dir() and not is_new(directory):
         raise ValueError(f"output_dir must be empty or hold a study, got {directory}")
     ours = settings["start_digest"]
     if (stated or {}).get("start_digest", ours) != ours:
